@@ -1,0 +1,60 @@
+# make demo, make test: the two set-up commands. Both need only Python 3.11+, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt --editable
+NEEDS_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
+	f"{sys.executable} is Python {v[0]}.{v[1]}. hf_opentrans needs Python 3.11 or newer.")
+
+.PHONY: help demo test lint types format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    install into $(VENV), prune and segment, write demo-output/"
+	@echo "make test    install the test extra into $(VENV), run the tests"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make types   pyright"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove $(VENV), demo-output and caches"
+
+demo: $(VENV)/.demo
+	$(BIN)/hf-opentrans demo --output demo-output
+
+# One thread per worker: two workers then fill two cores without fighting over them.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Pyright reads the installed packages, so it needs the test extra too.
+types: $(VENV)/.test $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo-output build dist .pytest_cache .ruff_cache .hypothesis
+	find hf_opentrans tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. hf_opentrans needs\
+	 Python 3.11 or newer. Install it or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(NEEDS_PYTHON)' || { echo "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) could not create $(VENV). On Debian and Ubuntu\
+	 install the package python3-venv, then run make again." >&2; exit 1; }
+	@$(BIN)/python -c '$(NEEDS_PYTHON)' || { echo "Remove $(VENV) and run make again." >&2; exit 1; }
+	@touch $@
+
+# Stamps: an extra is installed again only when its inputs change.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing hf_opentrans[$*] into $(VENV) (the first time takes some minutes)"
+	@$(INSTALL) ".[$*]"
+	@touch $@

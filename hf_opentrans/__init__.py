@@ -1,0 +1,58 @@
+"""Prune a CLIP image encoder once, without labels; segment any class with it; load it anywhere."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+
+from .models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
+from .models.modeling_dense_clip import DenseCLIPForSegmentation, OpenVocabularySegmenterOutput
+from .models.modeling_sparse_clip import (
+    SparseCLIPModel,
+    SparseCLIPVisionModel,
+    SparseCLIPVisionModelWithProjection,
+)
+from .models.processing_open_vocabulary import OpenVocabularyProcessor
+from .models.segmentation_result import SegmentationResult
+from .models.segmenting import segment
+from .models.vocabulary import Vocabulary
+from .pruning import (
+    PruningConfig,
+    PruningPlan,
+    PruningReport,
+    PruningResult,
+    Subnetwork,
+    apply_masks,
+    prune_model,
+    slice_model,
+)
+
+__version__ = "0.1.0"
+
+for _config, _model in ((SparseCLIPVisionConfig, SparseCLIPVisionModel), (SparseCLIPConfig, SparseCLIPModel)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+AutoModelForSemanticSegmentation.register(SparseCLIPConfig, DenseCLIPForSegmentation)
+SparseCLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
+DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+
+__all__ = [
+    "DenseCLIPForSegmentation",
+    "OpenVocabularyProcessor",
+    "OpenVocabularySegmenterOutput",
+    "PruningConfig",
+    "PruningPlan",
+    "PruningReport",
+    "PruningResult",
+    "SegmentationResult",
+    "SparseCLIPConfig",
+    "SparseCLIPModel",
+    "SparseCLIPVisionConfig",
+    "SparseCLIPVisionModel",
+    "SparseCLIPVisionModelWithProjection",
+    "Subnetwork",
+    "Vocabulary",
+    "apply_masks",
+    "prune_model",
+    "segment",
+    "slice_model",
+]

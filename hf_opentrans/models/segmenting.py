@@ -1,0 +1,73 @@
+"""Segment images of any size by text: the three-line use."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .image_loading import ImageInput, load_rgb
+from .modeling_dense_clip import DenseCLIPForSegmentation
+from .processing_open_vocabulary import OpenVocabularyProcessor
+from .segmentation_result import SegmentationResult
+from .vocabulary import Vocabulary
+
+# In "slide" the image is larger than the window; the training-free literature uses 336 with windows of 224.
+SLIDE_RATIO = 1.5
+
+
+@torch.inference_mode()
+def segment(
+    model: DenseCLIPForSegmentation,
+    processor: OpenVocabularyProcessor,
+    images: ImageInput | Sequence[ImageInput],
+    labels: Vocabulary | Sequence[str | Sequence[str]],
+    *,
+    mode: str | None = None,
+    inference: str = "whole",
+    resolution: int | None = None,
+    threshold: float | None = None,
+    batch_size: int = 8,
+) -> list[SegmentationResult]:
+    """Segment images by the names in `labels`: one pass per image, whatever the number of names.
+
+    Args:
+        model: The segmenter.
+        processor: Its processor.
+        images: One image or several, of any sizes.
+        labels: A [`Vocabulary`], or class names such as `["cat", "sofa; couch"]`.
+        mode: How the last block is read. Defaults to the model's own (`config.segmentation_mode`).
+        inference: "whole", or "slide" for overlapping windows at 1.5 times the resolution.
+        resolution: Short side in pixels. Defaults to the processor's, times 1.5 in "slide".
+        threshold: See `post_process_semantic_segmentation`.
+        batch_size: Images of equal shape per pass.
+
+    Returns:
+        One [`SegmentationResult`] per image, in the order given, at the image's own size.
+    """
+    vocabulary = labels
+    if not isinstance(vocabulary, Vocabulary):
+        vocabulary = Vocabulary(labels, templates=model.config.segmentation_templates)
+    vocabulary = model.encode_vocabulary(vocabulary, processor.tokenizer)
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    loaded = [load_rgb(image) for image in several]
+    if resolution is None:
+        resolution = int(processor.resolution * (SLIDE_RATIO if inference == "slide" else 1))
+    patch = model.config.vision_config.patch_size
+    tensors = [processor(image, resolution=resolution, size_divisor=patch)["pixel_values"][0] for image in loaded]
+    results: dict[int, SegmentationResult] = {}
+    for batch in _batches(tensors, batch_size):
+        pixels = torch.stack([tensors[i] for i in batch]).to(model.device, model.dtype)
+        outputs = model(pixels, vocabulary=vocabulary, mode=mode, inference=inference)
+        sizes = [(loaded[i].height, loaded[i].width) for i in batch]
+        done = processor.post_process_semantic_segmentation(outputs, sizes, threshold)
+        results.update({i: replace(result, image=loaded[i]) for i, result in zip(batch, done, strict=True)})
+    return [results[i] for i in range(len(loaded))]
+
+
+def _batches(tensors: list[Any], batch_size: int) -> list[list[int]]:
+    """Indices of tensors of equal shape, at most `batch_size` together."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault(tuple(tensor.shape), []).append(index)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]

@@ -1,0 +1,21 @@
+"""One-shot structured pruning of CLIP vision towers. Start reading in `prune.py`."""
+
+from .plan import LayerPlan, PruningConfig, PruningPlan
+from .prune import PruningResult, prune_model
+from .report import LayerReport, PruningReport
+from .subnetwork import Subnetwork
+from .surgery import apply_masks, slice_model, to_sparse
+
+__all__ = [
+    "LayerPlan",
+    "LayerReport",
+    "PruningConfig",
+    "PruningPlan",
+    "PruningReport",
+    "PruningResult",
+    "Subnetwork",
+    "apply_masks",
+    "prune_model",
+    "slice_model",
+    "to_sparse",
+]

@@ -1,0 +1,214 @@
+"""Unlabelled images in, statistics of every layer out, one layer at a time."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPImageProcessorPil
+
+from hf_opentrans.models.image_loading import IMAGE_SUFFIXES, load_rgb
+
+from .plan import PruningConfig
+from .statistics import CovarianceStatistics
+from .tower import Tower
+
+# Share of the weight that the class token gets in the statistics: it is one token among hundreds, and half the output.
+CLASS_TOKEN_SHARE = 0.1
+# Design measurements: below about ten rows per column, least squares fits noise.
+ROWS_PER_COLUMN = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration images as pixel values.
+
+    Args:
+        fit: Batches of shape `(batch_size, 3, side, side)` that the weights are fitted on.
+        held_out: Batches that choose the ridge.
+        fingerprint: SHA-256 of all pixel values.
+        warnings: What the user should know about the set.
+    """
+
+    fit: tuple[torch.Tensor, ...]
+    held_out: tuple[torch.Tensor, ...]
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """Images in both parts."""
+        return sum(len(batch) for batch in (*self.fit, *self.held_out))
+
+
+def list_images(images: Any) -> list[Any]:
+    """Turn what users give as images into a list: a folder (searched recursively), a dataset, or any iterable.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If there is no image, or a dataset has no image column.
+    """
+    if isinstance(images, (str, Path)):
+        return _list_folder(Path(images))
+    features = getattr(images, "features", None)
+    if features is not None and not isinstance(images, np.ndarray):
+        column = next((name for name, kind in features.items() if type(kind).__name__ == "Image"), None)
+        if column is None:
+            raise ValueError(
+                f"The dataset has the columns {list(features)}, none of type Image. One is needed. Cast it with "
+                "dataset.cast_column(name, datasets.Image())."
+            )
+        return [_Row(images, index, column) for index in range(len(images))]
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images is {type(images).__name__}. It must be a folder, a dataset or an iterable of images.")
+    found = list(images)
+    if not found:
+        raise ValueError("There are 0 calibration images. Pruning needs some. Give a folder or a list of images.")
+    return found
+
+
+def _list_folder(folder: Path) -> list[Any]:
+    if not folder.exists():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}. Calibration images must exist. Check the path.")
+    if folder.is_file():
+        raise ValueError(f"{str(folder)!r} is a file. A folder of images is needed. Give the folder that holds it.")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(
+            f"The folder {str(folder)!r} holds 0 images ({', '.join(IMAGE_SUFFIXES)}). Pruning needs some. "
+            "Give another folder."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One image of a dataset, decoded when it is needed."""
+
+    dataset: Any
+    index: int
+    column: str
+
+
+def load_calibration(
+    images: Any, config: PruningConfig, tower: Tower, image_processor: Any = None, on_image: Callable[[], None] = int
+) -> Calibration:
+    """Draw images by the seed, prepare them, and check that there are enough.
+
+    Args:
+        images: See `list_images`.
+        config: Number, seed, resolution, held-out share.
+        tower: The tower that will read them.
+        image_processor: CLIP's image processor. Defaults to CLIP's mean and deviation.
+        on_image: Called after every image.
+
+    Raises:
+        ValueError: If there are too few tokens for the widest layer, or an image cannot be read.
+    """
+    found = list_images(images)
+    chosen = np.random.default_rng(config.seed).permutation(len(found))[: config.num_images]
+    vision = tower.vision.config
+    side = config.resolution or vision.image_size
+    side = max(side // vision.patch_size, 1) * vision.patch_size
+    tokens = len(chosen) * (1 + (side // vision.patch_size) ** 2)
+    widest = max(module.in_features for module in tower.consumers.values())
+    notes = _check_tokens(tokens, widest, len(chosen))
+    processor = image_processor or CLIPImageProcessorPil()
+    options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "return_tensors": "pt"}
+    pixels = []
+    for index in chosen:
+        item = found[index]
+        image = item.dataset[item.index][item.column] if isinstance(item, _Row) else item
+        image = image.get("image", image) if isinstance(image, dict) else image
+        pixels.append(processor(_at_least_one_crop(load_rgb(image), side), **options)["pixel_values"][0])
+        on_image()
+    held = max(1, round(len(pixels) * config.held_out)) if len(pixels) > 1 else 0
+    stacked = torch.stack(pixels)
+    digest = hashlib.sha256(stacked.numpy().tobytes()).hexdigest()
+    fit, held_out = stacked[held:].split(config.batch_size), stacked[: held or 1].split(config.batch_size)
+    return Calibration(fit, held_out, digest, notes)
+
+
+def _at_least_one_crop(image: Any, side: int) -> Any:
+    """Cut very long pictures to three squares: resizing their short side would make them huge for one crop."""
+    short, long = min(image.size), max(image.size)
+    if long <= 3 * short:
+        return image
+    half = (long - 3 * short) // 2
+    box = (half, 0, long - half, image.height) if image.width == long else (0, half, image.width, long - half)
+    return image.crop(box)
+
+
+def _check_tokens(tokens: int, widest: int, images: int) -> tuple[str, ...]:
+    per_image = tokens // images
+    if tokens < widest + 1:
+        raise ValueError(
+            f"{images} calibration images give {tokens} tokens. The widest layer has {widest} inputs and needs at "
+            f"least {widest + 1}. Give {-(-(widest + 1) // per_image)} images or more, or a larger resolution."
+        )
+    if tokens >= ROWS_PER_COLUMN * widest:
+        return ()
+    enough = -(-ROWS_PER_COLUMN * widest // per_image)
+    note = (
+        f"{images} calibration images give {tokens} tokens for layers of up to {widest} inputs. Fewer than "
+        f"{ROWS_PER_COLUMN} tokens per input make the compensation noisy. Use {enough} images or more."
+    )
+    warnings.warn(note, UserWarning, stacklevel=4)
+    return (note,)
+
+
+@torch.no_grad()
+def walk_layers(
+    tower: Tower, calibration: Calibration, on_batch: Callable[[], None] = int
+) -> Iterator[tuple[int, dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]]]:
+    """Yield `(layer, {kind: (fit, held out)})`, holding one layer's statistics and the hidden states of all images.
+
+    Raises:
+        ValueError: If activations are not finite.
+    """
+    consumers = tower.consumers
+    hidden = [
+        [tower.embed(batch.to(tower.vision.device)) for batch in part]
+        for part in (calibration.fit, calibration.held_out)
+    ]
+    for index, layer in enumerate(tower.vision.encoder.layers):
+        modules = {kind: consumers[index, kind] for kind in ("heads", "neurons") if (index, kind) in consumers}
+        found = {
+            kind: tuple(CovarianceStatistics(module.in_features, tower.vision.device) for _ in range(2))
+            for kind, module in modules.items()
+        }
+        for part, batches in enumerate(hidden):
+            hooks = [module.register_forward_pre_hook(_feeder(found[kind][part])) for kind, module in modules.items()]
+            try:
+                for position, batch in enumerate(batches):
+                    batches[position] = layer(batch, None)
+                    on_batch()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        _check_finite(index, found)
+        yield index, found
+
+
+def _feeder(statistics: CovarianceStatistics) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+    def feed(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows = inputs[0]
+        patches = rows.shape[1] - 1
+        weights = rows.new_ones(rows.shape[:2])
+        weights[:, 0] = patches * CLASS_TOKEN_SHARE / (1 - CLASS_TOKEN_SHARE)
+        statistics.update(rows.flatten(0, 1), weights.flatten())
+
+    return feed
+
+
+def _check_finite(layer: int, found: dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]) -> None:
+    for kind, parts in found.items():
+        if not all(bool(torch.isfinite(part.covariance).all()) for part in parts):
+            raise ValueError(
+                f"The activations before the {kind} of layer {layer} are not finite. Pruning needs finite numbers. "
+                "Check the weights and the images, or load the model in float32."
+            )

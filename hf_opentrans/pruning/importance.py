@@ -1,0 +1,190 @@
+"""What removing heads and neurons costs: an output metric from random probes, and greedy OBS error curves."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .tower import Tower
+
+# Ridge on the covariance in the selection, relative to its mean diagonal.
+SELECTION_RIDGE = 1e-3
+# Removals per step of the neuron selection: one step costs a pass over the inverse covariance.
+STEPS_PER_LAYER = 192
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """The error of removing units of one sublayer in a fixed order.
+
+    Args:
+        layer: Index of the layer.
+        kind: "heads" or "neurons".
+        order: Units in the order of removal; those at the end are never removed (the floor).
+        errors: `errors[r]` is the error after removing `order[:r]`, increasing, starting at 0.
+    """
+
+    layer: int
+    kind: str
+    order: tuple[int, ...]
+    errors: tuple[float, ...]
+
+    def kept(self, removed: int) -> tuple[int, ...]:
+        """Return the units that stay after removing the first `removed` of the order, ascending."""
+        return tuple(sorted(self.order[removed:]))
+
+
+def output_metrics(
+    tower: Tower,
+    batches: Iterable[torch.Tensor],
+    *,
+    probes: int,
+    seed: int,
+    on_batch: Callable[[], None] = int,
+) -> dict[tuple[int, str], torch.Tensor]:
+    """Measure how each sublayer's output moves the final tokens: M = E[g g^T], g = d<v, z> / dy.
+
+    z are the unit tokens in the shared space, y the output of `out_proj` or `fc2`. The probes v are normal with
+    variance 1 on the class token and 1 / patches on every patch, so that tr(M Cov(dy)) estimates the squared change of
+    the class token plus the mean squared change of the patches. Needs no labels (Gauss-Newton, Hutchinson).
+
+    Args:
+        tower: The dense tower.
+        batches: Pixel values of shape `(batch_size, 3, side, side)`.
+        probes: Random probes per image.
+        seed: Of the probes.
+        on_batch: Called after every batch.
+
+    Returns:
+        Matrices of shape `(hidden_size, hidden_size)`, fp64, by `(layer, "heads" | "neurons")`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device, width = tower.vision.device, tower.vision.config.hidden_size
+    sums = {key: torch.zeros(width, width, dtype=torch.float64, device=device) for key in tower.consumers}
+    images = 0
+    for batch in batches:
+        tokens, outputs = _observed_forward(tower, batch.to(device))
+        weights = tokens.new_full((tokens.shape[1], 1), (tokens.shape[1] - 1) ** -0.5)
+        weights[0] = 1.0
+        for probe in range(probes):
+            direction = torch.randn(tokens.shape, generator=generator).to(tokens) * weights
+            gradients = torch.autograd.grad(
+                (direction * tokens).sum(), list(outputs.values()), retain_graph=probe < probes - 1
+            )
+            for key, gradient in zip(outputs, gradients, strict=True):
+                rows = gradient.flatten(0, 1)
+                sums[key] += (rows.T @ rows).double()
+        images += len(batch)
+        on_batch()
+    return {key: total / (images * probes) for key, total in sums.items()}
+
+
+def _observed_forward(tower: Tower, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[tuple[int, str], torch.Tensor]]:
+    """Run the tower with gradients; return the final tokens and every consumer's output."""
+    outputs: dict[tuple[int, str], torch.Tensor] = {}
+
+    def keep(key: tuple[int, str]) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            outputs[key] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(key)) for key, module in tower.consumers.items()]
+    try:
+        with torch.enable_grad():
+            hidden = tower.embed(pixels).detach().requires_grad_()
+            for layer in tower.vision.encoder.layers:
+                hidden = layer(hidden, None)
+            return tower.finish(hidden), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def greedy_removal(
+    weight: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor, *, group_size: int, fewest: int
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Order groups of input columns by greedy OBS removal; the running error is exact for the set removed so far.
+
+    The error of removing columns P of a linear layer with full compensation by the others is
+    `tr(M W_P [(C^-1)_PP]^-1 W_P^T)`; after each removal W and C^-1 are updated (Optimal Brain Surgeon, block form as
+    in ZipLM, arXiv 2302.04089).
+
+    Args:
+        weight: The layer, of shape `(outputs, inputs)`.
+        covariance: Of its inputs, `(inputs, inputs)`.
+        metric: Output metric M, `(outputs, outputs)`, positive semi-definite.
+        group_size: Adjacent columns that go together: the head width, or 1 for neurons.
+        fewest: Groups that are never removed.
+
+    Returns:
+        The groups in order of removal (the survivors last), and the errors after 0, 1, 2, ... removals.
+    """
+    groups = weight.shape[1] // group_size
+    device = covariance.device
+    v = _square_root(metric.to(device, torch.float64)) @ weight.to(device, torch.float64)
+    ridge = SELECTION_RIDGE * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    k = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance)).to(covariance)))
+    alive = torch.arange(groups, device=device)
+    present = torch.ones(groups, dtype=torch.bool, device=device)
+    order, errors = [], [0.0]
+    step = max(1, groups // STEPS_PER_LAYER) if group_size == 1 else 1
+    while (left := groups - len(order)) > fewest:
+        gains = _removal_errors(v, k, group_size).masked_fill(~present, torch.inf)
+        gone = torch.topk(gains, min(step, left - fewest), largest=False).indices
+        columns = (gone[:, None] * group_size + torch.arange(group_size, device=device)).flatten()
+        factor = torch.linalg.cholesky(k[columns][:, columns])
+        half = torch.linalg.solve_triangular(factor, k[columns], upper=False)
+        moved = torch.linalg.solve_triangular(factor, v[:, columns].T, upper=False)
+        # Within a step the error is shared out by the single scores: the block is too small to matter.
+        share = gains[gone] / gains[gone].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        errors.extend((errors[-1] + float(moved.square().sum()) * share.cumsum(0)).tolist())
+        order.extend(alive[gone].tolist())
+        present[gone] = False
+        v.addmm_(moved.T, half, alpha=-1)
+        k.addmm_(half.T, half, alpha=-1)
+        if present.sum() < 0.75 * len(present):  # drop dead rows from time to time: each costs as much as a live one
+            rest = present.repeat_interleave(group_size).nonzero()[:, 0]
+            v, k, alive, present = v[:, rest], k[rest][:, rest], alive[present], present[present]
+        else:  # keep the inverse of dead units harmless: exact zeros but for a unit diagonal
+            k[columns], k[:, columns], v[:, columns] = 0.0, 0.0, 0.0
+            k[columns, columns] = 1.0
+    return (*order, *alive[present].tolist()), tuple(errors)
+
+
+def _removal_errors(v: torch.Tensor, k: torch.Tensor, group_size: int) -> torch.Tensor:
+    if group_size == 1:
+        return v.square().sum(0) / k.diagonal()
+    blocks = torch.stack([k[i : i + group_size, i : i + group_size] for i in range(0, len(k), group_size)])
+    columns = v.T.unflatten(0, (-1, group_size))
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns, upper=False).square().sum((1, 2))
+
+
+def _square_root(metric: torch.Tensor) -> torch.Tensor:
+    """Return R with R^T R = M."""
+    values, vectors = torch.linalg.eigh(metric)
+    return vectors.T * values.clamp(min=0).sqrt()[:, None]
+
+
+def norm_order(tower: Tower, layer: int, kind: str) -> tuple[int, ...]:
+    """Order units by the squared L2 norm of all their weights, smallest first (the magnitude baseline)."""
+    block = tower.vision.encoder.layers[layer]
+    if kind == "neurons":
+        norms = block.mlp.fc1.weight.square().sum(1) + block.mlp.fc2.weight.square().sum(0)
+    else:
+        attention = block.self_attn
+        inputs = [
+            attention.q_proj.weight,
+            attention.k_proj.weight,
+            attention.v_proj.weight,
+            attention.out_proj.weight.T,
+        ]
+        norms = sum(weight.square().sum(1).unflatten(0, (attention.num_heads, -1)).sum(1) for weight in inputs)
+    return tuple(torch.argsort(norms, stable=True).tolist())
+
+
+def random_order(tower: Tower, layer: int, kind: str, generator: torch.Generator) -> tuple[int, ...]:
+    """Order units at random (the control)."""
+    units = tower.consumers[layer, kind].in_features // tower.group_size(layer, kind)
+    return tuple(torch.randperm(units, generator=generator).tolist())

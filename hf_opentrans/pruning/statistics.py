@@ -1,0 +1,66 @@
+"""Streaming mean and covariance in double precision, mergeable."""
+
+import torch
+
+
+class CovarianceStatistics:
+    """Weighted mean and covariance of rows that arrive in batches.
+
+    Products are formed in the rows' precision after a shift by the first batch's mean, and summed in fp64: the shift
+    keeps the fp32 products accurate where the mean is large against the deviation.
+
+    Args:
+        dim: Width of the rows.
+        device: Where the sums live.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.weight = 0.0
+        self.rows = 0
+        self._shift: torch.Tensor | None = None
+        self._first = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._second = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add rows of shape `(count, dim)`, with optional weights of shape `(count,)`."""
+        rows = rows.float()
+        weights = rows.new_ones(len(rows)) if weights is None else weights.to(rows)
+        if self._shift is None:
+            self._shift = (weights @ rows) / weights.sum()
+        shifted = rows - self._shift
+        self._first += (weights @ shifted).double()
+        self._second += ((shifted * weights[:, None]).T @ shifted).double()
+        self.weight += float(weights.sum(dtype=torch.float64))
+        self.rows += len(rows)
+
+    def merge(self, other: "CovarianceStatistics") -> "CovarianceStatistics":
+        """Return the statistics of both sets of rows together; neither input changes."""
+        if other._shift is None or self._shift is None:
+            return self if other._shift is None else other
+        merged = CovarianceStatistics(len(self._first), self._first.device)
+        merged._shift, merged.weight, merged.rows = self._shift, self.weight + other.weight, self.rows + other.rows
+        offset = (other._shift - self._shift).double()
+        first = other._first + other.weight * offset
+        cross = torch.outer(other._first, offset)
+        merged._first = self._first + first
+        merged._second = self._second + other._second + cross + cross.T + other.weight * torch.outer(offset, offset)
+        return merged
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of shape `(dim,)`, fp64."""
+        if self._shift is None:
+            raise ValueError("The statistics hold no rows. Their mean is undefined. Call update first.")
+        return self._shift.double() + self._first / self.weight
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Centred covariance of shape `(dim, dim)`, fp64."""
+        offset = self._first / self.weight
+        return self._second / self.weight - torch.outer(offset, offset)
+
+    def moment_about(self, centre: torch.Tensor) -> torch.Tensor:
+        """Second moment about `centre` of shape `(dim,)`: covariance plus the outer product of the mean's offset."""
+        offset = self.mean - centre
+        return self.covariance + torch.outer(offset, offset)

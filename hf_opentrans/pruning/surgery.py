@@ -1,0 +1,202 @@
+"""Apply a plan: as masks that can be trained through, or by really removing heads and neurons."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers.initialization import no_init_weights
+
+from hf_opentrans.models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
+from hf_opentrans.models.modeling_sparse_clip import (
+    SparseCLIPModel,
+    SparseCLIPVisionModel,
+    SparseCLIPVisionModelWithProjection,
+)
+
+from .macs import layer_widths
+from .plan import PruningPlan
+from .tower import SparseModel, Tower
+
+PrunableModel = CLIPModel | CLIPVisionModel | CLIPVisionModelWithProjection
+_SPARSE_CLASSES = (
+    (CLIPModel, SparseCLIPModel),
+    (CLIPVisionModelWithProjection, SparseCLIPVisionModelWithProjection),
+    (CLIPVisionModel, SparseCLIPVisionModel),
+)
+# Keys that belong to one saved model, not to the architecture.
+_PER_FILE_KEYS = ("architectures", "auto_map", "transformers_version", "_name_or_path")
+
+
+def to_sparse(model: PrunableModel) -> SparseModel:
+    """Return a copy of a CLIP model as the sparse class of the same kind; same outputs, bit for bit.
+
+    Args:
+        model: `CLIPModel`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`, or a sparse or segmenting class.
+
+    Raises:
+        TypeError: If the model has no CLIP vision tower.
+    """
+    for stock, sparse in _SPARSE_CLASSES:
+        if isinstance(model, stock):
+            target = type(model) if isinstance(model, sparse) else sparse
+            return _build(target, model, model.config.to_dict(), model.state_dict())
+    raise TypeError(
+        f"The model is a {type(model).__name__}. Pruning needs a CLIP vision tower: CLIPModel, CLIPVisionModel, "
+        "CLIPVisionModelWithProjection or their sparse classes. Load the model with one of them."
+    )
+
+
+def apply_masks(model: PrunableModel, plan: PruningPlan) -> SparseModel:
+    """Return a copy whose removed heads and neurons are multiplied by zero.
+
+    The masks act on head outputs and on activations after GELU, so that training cannot bring a removed unit back.
+    They are recorded in the configuration (`masked_heads`, `masked_neurons`) and come back from disk.
+
+    Args:
+        model: See `to_sparse`.
+        plan: What to keep.
+
+    Raises:
+        ValueError: If the plan does not fit the model.
+    """
+    sparse = to_sparse(model)
+    widths = _check_plan(sparse, plan)
+    overrides = [
+        {
+            "masked_heads": sorted(set(range(width.heads)) - set(layer.heads)) or None,
+            "masked_neurons": sorted(set(range(width.neurons)) - set(layer.neurons)) or None,
+        }
+        for width, layer in zip(widths, plan.layers, strict=True)
+    ]
+    return _build(type(sparse), model, _with_layers(sparse, overrides), sparse.state_dict())
+
+
+def slice_model(model: PrunableModel, plan: PruningPlan | None = None) -> SparseModel:
+    """Return a physically smaller model that computes what the masked model computes.
+
+    Args:
+        model: See `to_sparse`.
+        plan: What to keep. Defaults to what the model's own masks keep.
+
+    Raises:
+        ValueError: If the plan does not fit the model, or there is neither a plan nor a mask.
+    """
+    sparse = to_sparse(model)
+    plan = plan_of_masks(sparse) if plan is None else plan
+    _check_plan(sparse, plan)
+    tower = Tower.of(sparse)
+    state = sparse.state_dict()
+    prefix = "" if tower.vision is sparse else "vision_model."
+    overrides = []
+    for index, (layer, kept) in enumerate(zip(tower.vision.encoder.layers, plan.layers, strict=True)):
+        name = f"{prefix}encoder.layers.{index}."
+        override: dict[str, Any] = {"num_attention_heads": len(kept.heads), "intermediate_size": len(kept.neurons)}
+        if layer.has_attention:
+            attention = layer.self_attn
+            override["masked_heads"] = _renumber(attention.masked_heads, kept.heads)
+            queries = unit_columns(kept.heads, attention.qk_head_dim)
+            values = unit_columns(kept.heads, attention.v_head_dim)
+            for part, rows in (("q", queries), ("k", queries), ("v", values)):
+                _take(state, f"{name}self_attn.{part}_proj", rows, dim=0)
+            _take(state, f"{name}self_attn.out_proj", values, dim=1)
+        if layer.has_mlp:
+            override["masked_neurons"] = _renumber(layer.mlp.masked_neurons, kept.neurons)
+            neurons = torch.tensor(kept.neurons, dtype=torch.long)
+            _take(state, f"{name}mlp.fc1", neurons, dim=0)
+            _take(state, f"{name}mlp.fc2", neurons, dim=1)
+        overrides.append(override)
+    return _build(type(sparse), model, _with_layers(sparse, overrides), state)
+
+
+def plan_of_masks(model: SparseModel) -> PruningPlan:
+    """Return the plan that a masked model's masks stand for.
+
+    Raises:
+        ValueError: If nothing is masked.
+    """
+    heads, neurons = [], []
+    for layer in Tower.of(model).vision.encoder.layers:
+        heads.append(_unmasked(layer.self_attn.num_heads, layer.self_attn.masked_heads) if layer.has_attention else ())
+        neurons.append(_unmasked(layer.mlp.fc2.in_features, layer.mlp.masked_neurons) if layer.has_mlp else ())
+    widths = layer_widths(Tower.of(model).vision.config)
+    if all(len(h) == w.heads and len(n) == w.neurons for h, n, w in zip(heads, neurons, widths, strict=True)):
+        raise ValueError(
+            "The model has no masks. slice_model then needs a plan. Pass `plan`, or call apply_masks first."
+        )
+    return PruningPlan.from_dict({"layers": [{"heads": h, "neurons": n} for h, n in zip(heads, neurons, strict=True)]})
+
+
+def unit_columns(units: Sequence[int], width: int) -> torch.Tensor:
+    """Return the indices of all inputs that belong to `units` of `width` adjacent inputs each."""
+    return (torch.tensor(units, dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
+
+
+def _unmasked(width: int, masked: Iterable[int] | None) -> tuple[int, ...]:
+    return tuple(sorted(set(range(width)) - set(masked or ())))
+
+
+def _renumber(masked: Sequence[int] | None, kept: Sequence[int]) -> list[int] | None:
+    return [position for position, unit in enumerate(kept) if unit in set(masked or ())] or None
+
+
+def _take(state: dict[str, torch.Tensor], name: str, index: torch.Tensor, dim: int) -> None:
+    weight = state[f"{name}.weight"]
+    state[f"{name}.weight"] = weight.index_select(dim, index.to(weight.device))
+    if dim == 0:  # outputs go, so does their bias
+        bias = state[f"{name}.bias"]
+        state[f"{name}.bias"] = bias[index.to(bias.device)]
+
+
+def _check_plan(model: SparseModel, plan: PruningPlan) -> tuple:
+    widths = layer_widths(Tower.of(model).vision.config)
+    if len(plan) != len(widths):
+        raise ValueError(
+            f"The plan has {len(plan)} layers and the vision tower {len(widths)}. Both must agree. "
+            "Use a plan that was made for this model."
+        )
+    for index, (width, layer) in enumerate(zip(widths, plan.layers, strict=True)):
+        for kind, kept, total in (("head", layer.heads, width.heads), ("neuron", layer.neurons, width.neurons)):
+            if kept and kept[-1] >= total:
+                raise ValueError(
+                    f"The plan keeps {kind} {kept[-1]} of layer {index}, which has {total} {kind}s. Indices must be "
+                    "below that. Use a plan that was made for this model."
+                )
+    return widths
+
+
+def _with_layers(model: SparseModel, overrides: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the model's configuration as a dictionary with `overrides` merged into each layer's."""
+    config = model.config.to_dict()
+    vision = config.get("vision_config", config)
+    present = {int(index): dict(values) for index, values in (vision.get("per_layer_config") or {}).items()}
+    vision["per_layer_config"] = {i: {**present.get(i, {}), **new} for i, new in enumerate(overrides)}
+    return config
+
+
+def _build(
+    target: type[Any], source: torch.nn.Module, config: dict[str, Any], state: dict[str, torch.Tensor]
+) -> SparseModel:
+    """Create `target` from a configuration, with copies of the weights, on the source's device, in its precision."""
+    config_class = target.config_class
+    config = {key: value for key, value in config.items() if key not in (*_PER_FILE_KEYS, "model_type")}
+    if issubclass(config_class, SparseCLIPVisionConfig):
+        config.pop("vision_config", None)
+    built_config = config_class(**config)
+    implementation = source.config._attn_implementation
+    parameter = next(source.parameters())
+    with no_init_weights():
+        model = target._from_config(built_config, attn_implementation=implementation, dtype=parameter.dtype)
+    model.load_state_dict({key: value.detach().clone() for key, value in state.items()}, strict=True)
+    model.config.name_or_path = source.config.name_or_path
+    return model.to(parameter.device).train(source.training)
+
+
+__all__ = [
+    "SparseCLIPConfig",
+    "apply_masks",
+    "plan_of_masks",
+    "slice_model",
+    "to_sparse",
+    "unit_columns",
+]

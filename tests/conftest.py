@@ -1,0 +1,185 @@
+"""Shared fixtures: seeds, no network, and tiny real models that are built instead of downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; subprocesses inherit it
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Each is one token; any other word is spelt.
+WORDS = ["a", "an", "photo", "of", "the", "cat", "dog", "sofa", "couch", "wall", "sky"]
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test may draw from the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, _loopback_only(getattr(socket.socket, name)))
+
+
+def _loopback_only(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(self: socket.socket, address: Any) -> Any:
+        if isinstance(address, tuple):  # a path or bytes is a Unix socket: local
+            host = str(address[0])
+            if host not in {"localhost", "::1"} and not host.startswith("127."):
+                self.close()
+                raise RuntimeError(f"A test tried to connect to {address}. Tests stay offline.")
+        return connect(self, address)
+
+    return guarded
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Return a CLIP tokenizer of 538 entries: 256 bytes, the same ending a word, WORDS, 2 marks."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = dict.fromkeys([*alphabet, *(f"{char}</w>" for char in alphabet)])
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        left, *others = [*word[:-1], f"{word[-1]}</w>"]
+        for right in others:
+            merges[left, right] = None
+            left += right
+            tokens[left] = None
+    tokens.update(dict.fromkeys(["<|startoftext|>", "<|endoftext|>"]))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    # Without model_max_length a CLIP tokenizer never truncates, and 77 positions overflow.
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=77)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="session")
+def tiny_image_processor() -> CLIPImageProcessorPil:
+    """Return a CLIP image processor for 32 x 32 pixels that needs no torchvision."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 32},  # pyright: ignore[reportCallIssue]
+        crop_size={"height": 32, "width": 32},  # pyright: ignore[reportCallIssue]
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_config(tiny_tokenizer: CLIPTokenizer) -> Callable[..., CLIPConfig]:
+    """Return a function that makes a fresh config; keyword arguments change the vision tower."""
+
+    def make(**vision: Any) -> CLIPConfig:
+        text_config = {
+            "vocab_size": len(tiny_tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 37,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 77,
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+            "projection_dim": 16,
+        }
+        vision_config = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "projection_dim": 16,
+        } | vision
+        return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=16)  # pyright: ignore[reportArgumentType]
+
+    return make
+
+
+@pytest.fixture
+def make_tiny_clip(tiny_clip_config: Callable[..., CLIPConfig]) -> Callable[..., CLIPModel]:
+    """Return a function (seed=0, **vision) that builds a stock CLIPModel in eval mode.
+
+    Biases and layer norms get random values too: at zero and one they would hide slicing errors.
+    """
+
+    def make(seed: int = 0, **vision: Any) -> CLIPModel:
+        torch.manual_seed(seed)
+        model = CLIPModel(tiny_clip_config(**vision)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny_clip(make_tiny_clip: Callable[..., CLIPModel]) -> CLIPModel:
+    """Return a stock CLIPModel: 3 vision layers of 4 heads and 64 neurons, hidden 32, 32 pixels."""
+    return make_tiny_clip()
+
+
+@pytest.fixture
+def tiny_images() -> list[Image.Image]:
+    """Return 8 smooth random RGB pictures, 40 pixels high and 48 wide."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, size=(8, 5, 6, 3), dtype=np.uint8)
+    return [Image.fromarray(picture).resize((48, 40), Image.Resampling.BICUBIC) for picture in coarse]
+
+
+@pytest.fixture
+def tiny_clip_folder(
+    tmp_path: Path,
+    tiny_clip: CLIPModel,
+    tiny_tokenizer: CLIPTokenizer,
+    tiny_image_processor: CLIPImageProcessorPil,
+) -> Path:
+    """Return a folder with `tiny_clip`, its tokenizer and its image processor, as on the Hub."""
+    folder = tmp_path / "tiny-clip"
+    for part in (tiny_clip, tiny_tokenizer, tiny_image_processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_scenes() -> Path:
+    """Return the folder of the embedded model."""
+    folder = REPOSITORY / "hf_opentrans" / "assets" / "clip-scenes"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"the embedded model is not in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Return the folder of shared research data: $OPENTRANS_SHARED, or `../shared`."""
+    folder = Path(os.environ.get("OPENTRANS_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"there is no shared data in {folder}; set OPENTRANS_SHARED")
+    return folder
