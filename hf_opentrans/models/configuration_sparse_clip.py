@@ -3,10 +3,10 @@
 This file travels with checkpoints as remote code: it imports nothing but transformers, huggingface_hub and siblings.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 SKIPPABLE = ("attention", "mlp")
 VISION_MODEL_TYPES = ("clip_vision_model", "sparse_clip_vision_model")
@@ -14,7 +14,10 @@ CLIP_MODEL_TYPES = ("clip", "sparse_clip")
 SEGMENTATION_MODES = ("vanilla", "maskclip", "sclip", "clearclip", "naclip")
 
 
-class _ReadsStockCLIP:
+_Base = PreTrainedConfig if TYPE_CHECKING else object
+
+
+class _ReadsStockCLIP(_Base):
     """Read the config.json of a stock CLIP as our own, and refuse that of any other model."""
 
     readable_model_types: tuple[str, ...] = ()
@@ -114,7 +117,7 @@ class SparseCLIPVisionConfig(_ReadsStockCLIP, CLIPVisionConfig):
 
     def __eq__(self, other: object) -> bool:
         # The generated dataclass comparison reads every field and so raises on per-layer attributes.
-        return type(self) is type(other) and _comparable(self) == _comparable(other)
+        return isinstance(other, type(self)) and type(self) is type(other) and _comparable(self) == _comparable(other)
 
 
 @strict
@@ -160,7 +163,7 @@ class SparseCLIPConfig(_ReadsStockCLIP, CLIPConfig):
             )
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and _comparable(self) == _comparable(other)
+        return isinstance(other, type(self)) and type(self) is type(other) and _comparable(self) == _comparable(other)
 
 
 def _comparable(config: SparseCLIPVisionConfig | SparseCLIPConfig) -> dict[str, Any]:

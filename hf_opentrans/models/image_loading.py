@@ -1,6 +1,8 @@
 """Images of any kind to 8-bit RGB: paths, PIL images, arrays; grey, palette, transparent and 16-bit ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,6 +36,11 @@ def load_rgb(image: ImageInput) -> Image.Image:
             f"Got {type(image).__name__} as an image. It must be a path, a PIL image or an array. Convert it first."
         )
     return _to_rgb(image)
+
+
+def as_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """Return one image or several as a list; an array or tensor is one image."""
+    return list(images) if isinstance(images, (list, tuple)) else [cast("ImageInput", images)]
 
 
 def _open(path: Path) -> Image.Image:

@@ -14,15 +14,15 @@ This file travels with checkpoints as remote code.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .configuration_sparse_clip import SEGMENTATION_MODES
-from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPModel
+from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPEncoderLayer, SparseCLIPModel
 from .vocabulary import Vocabulary
 
 NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
@@ -42,8 +42,8 @@ class OpenVocabularySegmenterOutput(ModelOutput):
             The vocabulary that the queries belong to.
     """
 
-    logits: torch.FloatTensor | None = None
-    dense_embeds: torch.FloatTensor | None = None
+    logits: torch.Tensor | None = None
+    dense_embeds: torch.Tensor | None = None
     vocabulary: Vocabulary | None = None
 
 
@@ -52,11 +52,11 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
 
     main_input_name = "pixel_values"
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.Tensor,
         vocabulary: Vocabulary | None = None,
-        text_embeddings: torch.FloatTensor | None = None,
+        text_embeddings: torch.Tensor | None = None,
         mode: str | None = None,
         reduced: bool | None = None,
         inference: str = "whole",
@@ -100,11 +100,11 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
         return OpenVocabularySegmenterOutput(logits=logits, dense_embeds=tokens, vocabulary=vocabulary)
 
     def get_dense_features(
-        self, pixel_values: torch.FloatTensor, mode: str | None = None, reduced: bool | None = None
-    ) -> torch.FloatTensor:
+        self, pixel_values: torch.Tensor, mode: str | None = None, reduced: bool | None = None
+    ) -> torch.Tensor:
         """Return unit patch tokens in the space shared with text, `(batch_size, dim, grid_height, grid_width)`."""
         mode, reduced = self._resolve_mode(mode, reduced)
-        patch = self.config.vision_config.patch_size
+        patch = self._patch_size
         height, width = pixel_values.shape[-2:]
         if height % patch or width % patch or not height or not width:
             raise ValueError(
@@ -113,7 +113,7 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
             )
         vision, grid = self.vision_model, (height // patch, width // patch)
         hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
-        for layer in vision.encoder.layers[:-1]:
+        for layer in self._layers[:-1]:
             hidden = layer(hidden, None)
         hidden = self._last_block(hidden, grid, mode, reduced)
         tokens = self.visual_projection(vision.post_layernorm(hidden[:, 1:]))
@@ -132,9 +132,17 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
 
     @torch.no_grad()
     def _embed_texts(self, texts: list[str], tokenizer: Any) -> torch.Tensor:
-        limit = self.config.text_config.max_position_embeddings
+        limit = self.text_model.config.max_position_embeddings
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(self.device)
-        return self.get_text_features(**inputs).pooler_output
+        return cast("Any", self.get_text_features(**inputs)).pooler_output
+
+    @property
+    def _patch_size(self) -> int:
+        return cast("int", self.vision_model.config.patch_size)
+
+    @property
+    def _layers(self) -> list[SparseCLIPEncoderLayer]:
+        return cast("list[SparseCLIPEncoderLayer]", self.vision_model.encoder.layers)
 
     def _resolve_mode(self, mode: str | None, reduced: bool | None) -> tuple[str, bool]:
         if mode is None:
@@ -145,7 +153,7 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
         return mode, _PUBLISHED_REDUCED[mode] if reduced is None else reduced
 
     def _last_block(self, hidden: torch.Tensor, grid: tuple[int, int], mode: str, reduced: bool) -> torch.Tensor:
-        layer = self.vision_model.encoder.layers[-1]
+        layer = self._layers[-1]
         if mode == "vanilla" and not reduced:
             return layer(hidden, None)
         if not layer.has_attention or layer.self_attn.num_heads == 0:
@@ -171,8 +179,8 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
 
         Windows lie on the patch grid and cosines are linear in the tokens, so averaging tokens averages logits.
         """
-        patch = self.config.vision_config.patch_size
-        side = (window_size or self.config.vision_config.image_size) // patch
+        patch = self._patch_size
+        side = (window_size or cast("int", self.vision_model.config.image_size)) // patch
         step = (window_stride or side * patch // 2) // patch
         if side < 1 or step < 1:
             raise ValueError(

@@ -6,12 +6,13 @@ Reading order: attention, MLP, layer, encoder, vision model, vision model with p
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -49,14 +50,19 @@ def _mask_values(width: int, masked: Iterable[int]) -> torch.Tensor:
 class SparseCLIPAttention(CLIPAttention):
     """CLIP's attention with any number of heads, and with query-key and value widths of their own."""
 
+    head_mask: torch.Tensor | None
+
     def __init__(self, config: SparseCLIPVisionConfig, layer_config: SparseCLIPVisionConfig) -> None:
         nn.Module.__init__(self)
         self.config = config  # the GLOBAL config: set_attn_implementation() writes there
         self.embed_dim = config.hidden_size
         self.num_heads = layer_config.num_attention_heads
-        self.qk_head_dim, self.v_head_dim = layer_config.qk_head_dim, layer_config.v_head_dim
+        self.qk_head_dim = cast("int", layer_config.qk_head_dim)
+        self.v_head_dim = cast("int", layer_config.v_head_dim)
         self.head_dim = self.v_head_dim
-        self.scale = config.head_dim**-0.5  # of the dense model: pruning must not change the softmax temperature
+        self.scale = (
+            cast("int", config.head_dim) ** -0.5
+        )  # of the dense model: pruning must not change the softmax temperature
         self.dropout = config.attention_dropout
         self.is_causal = False
         self.k_proj = _linear(self.embed_dim, self.num_heads * self.qk_head_dim)
@@ -74,7 +80,7 @@ class SparseCLIPAttention(CLIPAttention):
             return self.out_proj.bias.expand_as(hidden_states), None
         queries, keys, values = self.project(hidden_states)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            cast("str", self.config._attn_implementation), eager_attention_forward
         )
         output, weights = attention(
             self,
@@ -106,9 +112,14 @@ class SparseCLIPAttention(CLIPAttention):
 class SparseCLIPMLP(CLIPMLP):
     """CLIP's MLP with a width of its own and an optional mask on the activations."""
 
+    neuron_mask: torch.Tensor | None
+
     def __init__(self, config: SparseCLIPVisionConfig, layer_config: SparseCLIPVisionConfig) -> None:
-        super().__init__(_MLPWidths(config, layer_config))
+        nn.Module.__init__(self)
         self.config = config
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = _linear(config.hidden_size, layer_config.intermediate_size)
+        self.fc2 = _linear(layer_config.intermediate_size, config.hidden_size)
         self.masked_neurons = layer_config.masked_neurons
         _register_mask(self, "neuron_mask", layer_config.intermediate_size, self.masked_neurons)
 
@@ -120,20 +131,15 @@ class SparseCLIPMLP(CLIPMLP):
         return self.fc2(hidden_states)
 
 
-class _MLPWidths:
-    """The three values that CLIPMLP's constructor reads."""
-
-    def __init__(self, config: SparseCLIPVisionConfig, layer_config: SparseCLIPVisionConfig) -> None:
-        self.hidden_act, self.hidden_size = config.hidden_act, config.hidden_size
-        self.intermediate_size = layer_config.intermediate_size
-
-
 class SparseCLIPEncoderLayer(CLIPEncoderLayer):
     """CLIP's pre-norm block; `skip` in the layer's configuration leaves a sublayer out altogether."""
 
+    self_attn: SparseCLIPAttention
+    mlp: SparseCLIPMLP
+
     def __init__(self, config: SparseCLIPVisionConfig, layer_idx: int) -> None:
         nn.Module.__init__(self)
-        layer_config = config.per_layer_config[layer_idx]
+        layer_config = cast("SparseCLIPVisionConfig", config.per_layer_config[layer_idx])
         skip = getattr(layer_config, "skip", ())
         self.embed_dim, self.layer_idx = config.hidden_size, layer_idx
         self.has_attention, self.has_mlp = "attention" not in skip, "mlp" not in skip
@@ -166,7 +172,10 @@ class SparseCLIPEncoder(CLIPEncoder):
         self.gradient_checkpointing = False
 
 
-class SparseCLIPLoadingMixin:
+_Base = PreTrainedModel if TYPE_CHECKING else object
+
+
+class SparseCLIPLoadingMixin(_Base):
     """Loading that never hands out random weights, and saving under this model's own key names."""
 
     @classmethod
@@ -174,14 +183,14 @@ class SparseCLIPLoadingMixin:
         """Load as [`PreTrainedModel.from_pretrained`] does, but raise where a weight is missing.
 
         Accepts folders and Hub ids of stock CLIP models too; text weights are left out where the class has no text
-        tower.
+        tower. With `output_loading_info=True` missing keys are returned instead, for the caller to judge.
 
         Raises:
             ValueError: If the checkpoint lacks a tensor, or a tensor has another shape than the configuration says.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(
+            model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] - a pair with output_loading_info
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except RuntimeError as err:
@@ -192,7 +201,7 @@ class SparseCLIPLoadingMixin:
                 "states. Both must come from the same model. Save the model again with `save_pretrained`."
             ) from err
         missing = sorted(info["missing_keys"])
-        if missing:
+        if missing and not wants_info:
             raise ValueError(
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks {len(missing)} of the weights that "
                 f"{cls.__name__} needs, among them {', '.join(missing[:3])}. Missing weights would be random numbers, "
@@ -214,9 +223,9 @@ class SparseCLIPLoadingMixin:
         super()._init_weights(module)
         # Masks are not in the checkpoint; a model that was built on the meta device gets their values here.
         if isinstance(module, SparseCLIPAttention) and module.head_mask is not None:
-            init.copy_(module.head_mask, _mask_values(module.num_heads, module.masked_heads))
+            init.copy_(module.head_mask, _mask_values(module.num_heads, module.masked_heads or ()))
         elif isinstance(module, SparseCLIPMLP) and module.neuron_mask is not None:
-            init.copy_(module.neuron_mask, _mask_values(module.fc1.out_features, module.masked_neurons))
+            init.copy_(module.neuron_mask, _mask_values(module.fc1.out_features, module.masked_neurons or ()))
 
 
 _RECORDED = {"hidden_states": SparseCLIPEncoderLayer, "attentions": SparseCLIPAttention}
@@ -226,7 +235,7 @@ _UNSPLIT = ["CLIPVisionEmbeddings", "SparseCLIPEncoderLayer"]
 class SparseCLIPVisionModel(SparseCLIPLoadingMixin, CLIPVisionModel):
     """The vision tower: a [`CLIPVisionModel`] whose layers may differ in width."""
 
-    config: SparseCLIPVisionConfig
+    config: SparseCLIPVisionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = SparseCLIPVisionConfig
     _no_split_modules = _UNSPLIT
     _can_record_outputs = _RECORDED
@@ -247,7 +256,7 @@ class SparseCLIPVisionModel(SparseCLIPLoadingMixin, CLIPVisionModel):
 class SparseCLIPVisionModelWithProjection(SparseCLIPLoadingMixin, CLIPVisionModelWithProjection):
     """The vision tower with CLIP's projection into the space that it shares with text."""
 
-    config: SparseCLIPVisionConfig
+    config: SparseCLIPVisionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = SparseCLIPVisionConfig
     _no_split_modules = _UNSPLIT
     _can_record_outputs = _RECORDED
@@ -263,15 +272,17 @@ class SparseCLIPVisionModelWithProjection(SparseCLIPLoadingMixin, CLIPVisionMode
 class SparseCLIPModel(SparseCLIPLoadingMixin, CLIPModel):
     """CLIP with a dense text tower and a vision tower whose layers may differ in width."""
 
-    config: SparseCLIPConfig
+    config: SparseCLIPConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    vision_model: SparseCLIPVisionModel
     config_class = SparseCLIPConfig
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", *_UNSPLIT]
     _keys_to_ignore_on_load_unexpected = [r"position_ids"]
 
     def __init__(self, config: SparseCLIPConfig) -> None:
         PreTrainedModel.__init__(self, config)
-        text_config, vision_config = config.text_config, config.vision_config
-        self.projection_dim = config.projection_dim
+        text_config = cast("CLIPTextConfig", config.text_config)
+        vision_config = cast("SparseCLIPVisionConfig", config.vision_config)
+        self.projection_dim = cast("int", config.projection_dim)
         self.text_embed_dim, self.vision_embed_dim = text_config.hidden_size, vision_config.hidden_size
         self.text_model = CLIPTextModel._from_config(text_config)
         self.vision_model = SparseCLIPVisionModel._from_config(vision_config)

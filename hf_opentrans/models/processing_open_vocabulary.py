@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
-from .image_loading import ImageInput, load_rgb
+from .image_loading import ImageInput, as_list, load_rgb
 from .modeling_dense_clip import OpenVocabularySegmenterOutput
 from .segmentation_result import UNLABELLED, SegmentationResult
 from .vocabulary import BACKGROUND_NAME, Vocabulary
@@ -33,7 +33,9 @@ class OpenVocabularyProcessor(CLIPProcessor):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "OpenVocabularyProcessor":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> "OpenVocabularyProcessor":
         """Load image processor and tokenizer of a CLIP folder or Hub id. Needs no torchvision."""
         source = pretrained_model_name_or_path
         return cls(
@@ -46,7 +48,7 @@ class OpenVocabularyProcessor(CLIPProcessor):
         size = self.image_processor.size
         return int(size.get("shortest_edge") or min(size["height"], size["width"]))
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] - images and their sizes alone
         self,
         images: ImageInput | Sequence[ImageInput],
         *,
@@ -66,8 +68,7 @@ class OpenVocabularyProcessor(CLIPProcessor):
             `pixel_values` of shape `(batch_size, 3, height, width)`, or a list of `(3, height, width)` tensors where
             the images differ in shape; `target_sizes`, the original `(height, width)` of each.
         """
-        several = images if isinstance(images, (list, tuple)) else [images]
-        loaded = [load_rgb(image) for image in several]
+        loaded = [load_rgb(image) for image in as_list(images)]
         tensors = [self._to_tensor(image, resolution or self.resolution, size_divisor) for image in loaded]
         same = len({tensor.shape for tensor in tensors}) == 1
         return BatchFeature(
@@ -111,7 +112,8 @@ class OpenVocabularyProcessor(CLIPProcessor):
             )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}. It is a probability and must lie in 0..1.")
-        sizes = list(target_sizes or [tuple(outputs.logits.shape[-2:])] * len(outputs.logits))
+        grid = (outputs.logits.shape[-2], outputs.logits.shape[-1])
+        sizes = list(target_sizes or [grid] * len(outputs.logits))
         if len(sizes) != len(outputs.logits):
             raise ValueError(
                 f"There are {len(sizes)} target sizes for {len(outputs.logits)} images. Give one (height, width) each."

@@ -3,6 +3,8 @@
 `imagenet80` is the list published with OpenAI's CLIP (MIT licence); `vild14` is the one of ViLD.
 """
 
+from collections.abc import Sequence
+
 _IMAGENET80 = """a bad photo of a {}.|a photo of many {}.|a sculpture of a {}.|a photo of the hard to see {}.
 a low resolution photo of the {}.|a rendering of a {}.|graffiti of a {}.|a bad photo of the {}.
 a cropped photo of the {}.|a tattoo of a {}.|the embroidered {}.|a photo of a hard to see {}.
@@ -45,7 +47,7 @@ PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def resolve_templates(templates: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     """Return prompt templates, given one of the names in `PROMPT_TEMPLATES` or the templates themselves.
 
     Raises:

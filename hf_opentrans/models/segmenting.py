@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .image_loading import ImageInput, load_rgb
+from .image_loading import ImageInput, as_list, load_rgb
 from .modeling_dense_clip import DenseCLIPForSegmentation
 from .processing_open_vocabulary import OpenVocabularyProcessor
 from .segmentation_result import SegmentationResult
@@ -45,15 +45,13 @@ def segment(
     Returns:
         One [`SegmentationResult`] per image, in the order given, at the image's own size.
     """
-    vocabulary = labels
-    if not isinstance(vocabulary, Vocabulary):
-        vocabulary = Vocabulary(labels, templates=model.config.segmentation_templates)
-    vocabulary = model.encode_vocabulary(vocabulary, processor.tokenizer)
-    several = list(images) if isinstance(images, (list, tuple)) else [images]
-    loaded = [load_rgb(image) for image in several]
+    if not isinstance(labels, Vocabulary):
+        labels = Vocabulary(labels, templates=model.config.segmentation_templates)
+    vocabulary = model.encode_vocabulary(labels, processor.tokenizer)
+    loaded = [load_rgb(image) for image in as_list(images)]
     if resolution is None:
         resolution = int(processor.resolution * (SLIDE_RATIO if inference == "slide" else 1))
-    patch = model.config.vision_config.patch_size
+    patch = cast("int", model.vision_model.config.patch_size)
     tensors = [processor(image, resolution=resolution, size_divisor=patch)["pixel_values"][0] for image in loaded]
     results: dict[int, SegmentationResult] = {}
     for batch in _batches(tensors, batch_size):

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,18 @@ def _check_tokens(tokens: int, widest: int, images: int) -> tuple[str, ...]:
 
 @torch.no_grad()
 def walk_layers(
-    tower: Tower, calibration: Calibration, on_batch: Callable[[], None] = int
+    tower: Tower,
+    calibration: Calibration,
+    on_batch: Callable[[], None] = int,
+    wanted: Container[tuple[int, str]] | None = None,
 ) -> Iterator[tuple[int, dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]]]:
     """Yield `(layer, {kind: (fit, held out)})`, holding one layer's statistics and the hidden states of all images.
+
+    Args:
+        tower: The tower.
+        calibration: The images.
+        on_batch: Called after every batch.
+        wanted: The `(layer, kind)` to gather statistics of. Defaults to all.
 
     Raises:
         ValueError: If activations are not finite.
@@ -176,7 +185,11 @@ def walk_layers(
         for part in (calibration.fit, calibration.held_out)
     ]
     for index, layer in enumerate(tower.vision.encoder.layers):
-        modules = {kind: consumers[index, kind] for kind in ("heads", "neurons") if (index, kind) in consumers}
+        modules = {
+            kind: consumers[index, kind]
+            for kind in ("heads", "neurons")
+            if (index, kind) in consumers and (wanted is None or (index, kind) in wanted)
+        }
         found = {
             kind: tuple(CovarianceStatistics(module.in_features, tower.vision.device) for _ in range(2))
             for kind, module in modules.items()

@@ -1,6 +1,7 @@
 """What a vision tower costs: multiply-accumulates of one image and parameters, from its configuration alone."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import CLIPVisionConfig
 
@@ -44,13 +45,13 @@ class TowerCost:
             resolution: Side of the square input in pixels. Defaults to `image_size`.
             projection: Whether the tower ends in the visual projection (applied to the class token).
         """
-        side = resolution or config.image_size
-        patches = (side // config.patch_size) ** 2
+        patch, image_size = cast("int", config.patch_size), cast("int", config.image_size)
+        patches = ((resolution or image_size) // patch) ** 2
         return cls(
             hidden_size=config.hidden_size,
             tokens=1 + patches,
-            patch_inputs=config.num_channels * config.patch_size**2,
-            positions=1 + (config.image_size // config.patch_size) ** 2,
+            patch_inputs=config.num_channels * patch**2,
+            positions=1 + (image_size // patch) ** 2,
             projection_dim=config.projection_dim if projection else 0,
         )
 

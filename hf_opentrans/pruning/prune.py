@@ -192,16 +192,15 @@ def _rebuild(
 ) -> dict[tuple[int, str], Rebuilt]:
     """Refit `out_proj` and `fc2` of every layer that lost something; writes into `small`."""
     rebuilt = {}
-    targets = Tower.of(small).consumers
-    for layer, statistics in walk_layers(tower, calibration, run.step):
+    sources, smaller = tower.consumers, Tower.of(small)
+    changed = [key for key, source in sources.items() if smaller.consumer(*key).in_features < source.in_features]
+    for layer, statistics in walk_layers(tower, calibration, run.step, changed):
         for kind, (fit, held_out) in statistics.items():
-            source = tower.consumers[layer, kind]
+            source, target = sources[layer, kind], smaller.consumer(layer, kind)
             kept = unit_columns(getattr(plan.layers[layer], kind), tower.group_size(layer, kind)).to(fit.mean.device)
-            if len(kept) == source.in_features or (layer, kind) not in targets:
-                continue
             done = delta_ridge(source.weight, source.bias, kept, fit, held_out, metrics[layer, kind])
-            targets[layer, kind].weight.data.copy_(done.weight)
-            targets[layer, kind].bias.data.copy_(done.bias)
+            target.weight.data.copy_(done.weight)
+            target.bias.data.copy_(done.bias)
             rebuilt[layer, kind] = done
     return rebuilt
 

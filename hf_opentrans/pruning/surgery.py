@@ -89,7 +89,7 @@ def slice_model(model: PrunableModel, plan: PruningPlan | None = None) -> Sparse
     state = sparse.state_dict()
     prefix = "" if tower.vision is sparse else "vision_model."
     overrides = []
-    for index, (layer, kept) in enumerate(zip(tower.vision.encoder.layers, plan.layers, strict=True)):
+    for index, (layer, kept) in enumerate(zip(tower.layers, plan.layers, strict=True)):
         name = f"{prefix}encoder.layers.{index}."
         override: dict[str, Any] = {"num_attention_heads": len(kept.heads), "intermediate_size": len(kept.neurons)}
         if layer.has_attention:
@@ -116,7 +116,7 @@ def plan_of_masks(model: SparseModel) -> PruningPlan:
         ValueError: If nothing is masked.
     """
     heads, neurons = [], []
-    for layer in Tower.of(model).vision.encoder.layers:
+    for layer in Tower.of(model).layers:
         heads.append(_unmasked(layer.self_attn.num_heads, layer.self_attn.masked_heads) if layer.has_attention else ())
         neurons.append(_unmasked(layer.mlp.fc2.in_features, layer.mlp.masked_neurons) if layer.has_mlp else ())
     widths = layer_widths(Tower.of(model).vision.config)
@@ -175,7 +175,7 @@ def _with_layers(model: SparseModel, overrides: list[dict[str, Any]]) -> dict[st
 
 
 def _build(
-    target: type[Any], source: torch.nn.Module, config: dict[str, Any], state: dict[str, torch.Tensor]
+    target: type[Any], source: PrunableModel, config: dict[str, Any], state: dict[str, torch.Tensor]
 ) -> SparseModel:
     """Create `target` from a configuration, with copies of the weights, on the source's device, in its precision."""
     config_class = target.config_class

