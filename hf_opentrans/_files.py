@@ -42,28 +42,31 @@ def write_folder(folder: str | Path, *, marker: str) -> Iterator[Path]:
         FileExistsError: See `check_output_folder`.
         OSError: If the disk is full; nothing is left behind.
     """
-    path = check_output_folder(folder, marker=marker).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    previous = temporary.with_name(temporary.name + ".old")
+    path = check_output_folder(folder, marker=marker).resolve()  # through a link, which stays one
+    temporary = previous = None
     try:
-        # mkdtemp is private to the user; an output folder has the usual permissions.
-        temporary.chmod(0o777 & ~_umask())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        previous = temporary.with_name(temporary.name + ".old")
         yield temporary
+        _open_to_others(temporary)
         if path.exists():
             path.rename(previous)
         temporary.rename(path)
-        shutil.rmtree(previous, ignore_errors=True)
     except BaseException as err:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if previous.exists() and not path.exists():
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if previous is not None and previous.exists() and not path.exists():
             previous.rename(path)
         if is_disk_full(err):
             raise OSError(
                 errno.ENOSPC,
-                f"No space is left for {str(path)!r}. Nothing was written. Free some space or choose another disk",
+                f"No space is left for {str(path)!r}. Nothing was written. Free some space or choose another disk.",
             ) from err
         raise
+    finally:
+        if previous is not None and path.exists():  # never the only copy
+            shutil.rmtree(previous, ignore_errors=True)
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -91,7 +94,9 @@ def folder_bytes(folder: str | Path, pattern: str = "*") -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob(pattern) if path.is_file())
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _open_to_others(folder: Path) -> None:
+    """Give a folder and its files the usual permissions: mkdtemp and safetensors make them private to the user."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -19,8 +19,7 @@ from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.pruning.macs import count_macs, count_params
 from hf_opentrans.pruning.plan import PruningConfig
-from hf_opentrans.pruning.prune import prune_model
-from hf_opentrans.pruning.report import PruningReport
+from hf_opentrans.pruning.prune import PruningResult, prune_model
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,12 @@ class Compared:
     Args:
         row: The figures.
         model: The model.
-        report: Of its pruning; None for the dense model.
+        result: Of its pruning; None for the dense model.
     """
 
     row: MethodRow
     model: DenseCLIPForSegmentation
-    report: PruningReport | None = None
+    result: PruningResult | None = None
 
 
 def compare_methods(
@@ -127,7 +126,7 @@ def compare_methods(
             raise TypeError(f"Pruning made a {type(model).__name__} of a segmenter. Pass a DenseCLIPForSegmentation.")
         seconds = result.report.seconds["total"]
         row = _measure(config.method, config.keep, model.eval(), dense, processor, data, seconds)
-        rows.append(Compared(row, model, result.report))
+        rows.append(Compared(row, model, result))
         on_row(row)
     return rows
 

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from transformers import CLIPProcessor
 
 from hf_opentrans._files import check_output_folder, folder_bytes, write_folder
 from hf_opentrans._optional import require
@@ -86,12 +88,13 @@ def run_demo(
     compared = compare_methods(model, processor, data, configs, progress=progress)
     on_stage("Timing dense and pruned in turn")
     ours = compared[1]
-    towers = {"dense": model.vision_model, "obs": ours.model.vision_model}
+    towers = {"dense": model.vision_model, "ours": ours.model.vision_model}
     latency = [row for batch in (1, 8) for row in paired_latency(towers, batch_size=batch)]
     on_stage(f"Writing {output}")
     with write_folder(output, marker=REPORT_FILE) as folder:
         _save_model(ours, processor, folder / MODEL_FOLDER)
-        picture = draw_comparison(tests[:4], {c.row.method: c.model for c in compared[:3]}, processor)
+        shown = [scene for scene in tests if len(np.unique(scene.mask)) > 4][:4]
+        picture = draw_comparison(shown, {c.row.method: c.model for c in compared[:3]}, processor)
         picture.save(folder / PICTURE_FILE)
         values = {
             "keep": keep,
@@ -126,11 +129,13 @@ def _targets(scene: Scene) -> np.ndarray:
 
 
 def _save_model(ours: Compared, processor: OpenVocabularyProcessor, folder: Path) -> None:
+    """Save what `prune` would save: a SparseCLIPModel folder with its processor, in the base model's precision."""
+    if ours.result is None:
+        raise ValueError("The dense model was not pruned. Pass one of the pruned ones.")
     model = SparseCLIPModel(ours.model.config)
     model.load_state_dict(ours.model.state_dict())
-    model.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
+    stock = CLIPProcessor(processor.image_processor, processor.tokenizer)
+    replace(ours.result, model=model.eval()).save_pretrained(folder, stock, disk_dtype=torch.float16)
 
 
 def draw_comparison(
@@ -140,7 +145,7 @@ def draw_comparison(
 
     Unlabelled background is dimmed: no name describes it.
     """
-    titles = ["scene", "truth", *(f"ours ({m})" if m == "obs" else m for m in models)]
+    titles = ["scene", "truth", *("ours" if m == "obs" else m for m in models)]
     gap, top, legend = 8, 30, 210
     width, height = len(titles) * (side + gap) + legend, top + len(scenes) * (side + gap) + 20
     sheet = Image.new("RGB", (width, height), "white")
@@ -173,14 +178,13 @@ def _paint(ids: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def method_table(rows: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the comparison, for Markdown and for the terminal."""
-    header = ["model", "MACs", "params", "tower on disk", "class-token cosine", "patch-token cosine", "top-1"]
-    header += ["mIoU", "pixel accuracy"]
+    header = ["model", "MACs", "params", "fp32 size", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc"]
     cells = []
     for row in rows:
         share = f" ({row.macs / rows[0].macs:.1%})" if row is not rows[0] else ""
         cells.append(
             [
-                "ours (obs)" if row.method == "obs" else row.method,
+                "ours" if row.method == "obs" else row.method,
                 f"{row.macs / 1e6:,.0f} M{share}",
                 f"{row.params / 1e6:.2f} M",
                 f"{row.bytes / 1e6:.1f} MB",
@@ -197,7 +201,7 @@ def method_table(rows: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]
 
 def latency_table(rows: Sequence[LatencyRow]) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of paired latencies."""
-    header = ["model", "batch", "pixels", "median", "speed-up (range)", "MAC ratio", "speed-up / MAC ratio"]
+    header = ["model", "batch", "px", "median", "speed-up (range)", "MACs", "of MACs"]
     cells = [
         [
             row.model,
@@ -205,7 +209,7 @@ def latency_table(rows: Sequence[LatencyRow]) -> tuple[list[str], list[list[str]
             str(row.resolution),
             f"{row.median_ms:.1f} ms",
             f"{row.speed_up:.2f}x ({row.speed_up_range[0]:.2f}-{row.speed_up_range[1]:.2f})",
-            f"{row.mac_ratio:.2f}",
+            f"{row.mac_ratio:.2f}x",
             f"{row.efficiency:.0%}",
         ]
         for row in rows
@@ -238,6 +242,9 @@ Made by `hf-opentrans demo --keep {values["keep"]:g} --seed {values["seed"]}`. P
 {values["test_images"]} other scenes with {len(values["names"])} names.
 
 {markdown_table(method_table(rows))}
+
+MACs, parameters and size (float32) are those of the vision tower. Cosines compare the projected class token (CLS) and
+patch tokens with the dense model's; mIoU and pixel accuracy count pixels that have a name.
 
 Latency of the vision tower, median of paired, interleaved runs, {machine["threads"]} threads,
 {machine["processor"]}:

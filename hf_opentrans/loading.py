@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError, safe_open
 from transformers import CLIPImageProcessorPil, CLIPProcessor
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from hf_opentrans._checks import check_finite
 from hf_opentrans.models.configuration_sparse_clip import (
     CLIP_MODEL_TYPES,
     VISION_MODEL_TYPES,
@@ -34,11 +37,13 @@ class Loaded:
         model: The model, in float32, in eval mode.
         processor: `CLIPProcessor`, or an image processor alone where the model has no text tower.
         path: Where it came from.
+        disk_dtype: Precision of the weights in the files.
     """
 
     model: SparseCLIPModel | SparseCLIPVisionModel | WithProjection
     processor: Any
     path: str
+    disk_dtype: torch.dtype
 
     @property
     def image_processor(self) -> Any:
@@ -82,7 +87,9 @@ def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
             target = SparseCLIPVisionModel
         model = target.from_pretrained(path, **options).eval()
         processor = load_processor(path, revision=revision, text=model_type in CLIP_MODEL_TYPES)
-    return Loaded(model, processor, path)
+        check_finite(model.state_dict())
+        disk_dtype = _disk_dtype(path, revision)
+    return Loaded(model, processor, path, disk_dtype)
 
 
 def load_segmenter(
@@ -97,6 +104,7 @@ def load_segmenter(
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
         model = DenseCLIPForSegmentation.from_pretrained(path, revision=revision, dtype=torch.float32).eval()
+        check_finite(model.state_dict())
         processor = OpenVocabularyProcessor.from_pretrained(path, revision=revision)
     return model, processor
 
@@ -114,12 +122,15 @@ def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and notes: what matters of them is raised as an error here."""
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()
 
@@ -129,6 +140,20 @@ def _kind(path: str, revision: str | None) -> tuple[str, list[str]]:
     config, _ = SparseCLIPVisionConfig.get_config_dict(path, revision=revision)
     is_whole = "vision_config" in config
     return (CLIP_MODEL_TYPES if is_whole else VISION_MODEL_TYPES)[0], config.get("architectures") or []
+
+
+def _disk_dtype(path: str, revision: str | None) -> torch.dtype:
+    """Read the precision of the vision tower's weights from the header of the first weight file."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    files = [cached_file(path, n, revision=revision, _raise_exceptions_for_missing_entries=False) for n in names]
+    if files[0] is None and files[1] is not None:
+        shards = json.loads(Path(files[1]).read_text(encoding="utf-8"))["weight_map"]
+        files[0] = cached_file(path, min(shards.values()), revision=revision)
+    if files[0] is None:
+        return torch.float32  # an old .bin checkpoint: transformers has read it, its precision is not kept
+    with safe_open(files[0], framework="pt") as opened:
+        found = [opened.get_tensor(name) for name in list(opened.keys())[:20]]
+    return next((t.dtype for t in found if t.is_floating_point()), torch.float32)
 
 
 @contextmanager

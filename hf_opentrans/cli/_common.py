@@ -66,6 +66,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # told in one line, never fatal
             warnings.showwarning = _show_warning
             try:
                 command(*args, **kwargs)
@@ -83,7 +84,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def _fail(error: BaseException, code: int) -> None:
     message = str(error) or type(error).__name__
     if is_disk_full(error):
-        message = f"No space is left on the device ({message}). Free some space or choose another output."
+        known = getattr(error, "strerror", None) or ""  # ours names the folder and the way out
+        message = known if "Nothing was written" in known else f"No space is left ({message}). Free some space."
     elif isinstance(error, PermissionError):
         message = f"Access to {error.filename!r} is not allowed. Choose a place that you may write to."
     err.print(f"[bold red]Error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
@@ -97,11 +99,13 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def show_table(table: tuple[list[str], list[list[str]]], title: str | None = None) -> None:
     """Print header and cells."""
     header, cells = table
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table()
     for index, name in enumerate(header):
         drawn.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for line in cells:
         drawn.add_row(*(escape(cell) for cell in line))
+    if title is not None:
+        out.print(f"[bold]{escape(title)}[/]")
     out.print(drawn)
 
 

@@ -11,7 +11,7 @@ import typer
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_opentrans._files import check_output_folder, folder_bytes, write_folder
+from hf_opentrans._files import check_output_folder, write_folder
 from hf_opentrans._optional import require
 from hf_opentrans.cli._common import (
     app,
@@ -105,15 +105,17 @@ def prune(
     result = prune_model(
         loaded.model, images, config, image_processor=loaded.image_processor, progress=shows_progress()
     )
-    result.save_pretrained(output, loaded.processor)
+    result.save_pretrained(output, loaded.processor, disk_dtype=loaded.disk_dtype)
     report = result.report
     show_table(_layer_table(report), title=f"{model} pruned by {method} to keep {keep:g} of its {unit}")
-    disk = folder_bytes(output, "model*.safetensors") - folder_bytes(output / "subnetwork", "model*.safetensors")
+    disk = {"dense": _weight_bytes(Path(loaded.path)), "pruned": _weight_bytes(output)}
     for name, before, after in (
         ("MACs", report.dense_macs, report.macs),
         ("params", report.dense_params, report.params),
     ):
         out.print(f"{name} of the vision tower: {before / 1e6:,.1f} M -> {after / 1e6:,.1f} M ({after / before:.1%})")
+    if disk["dense"] and disk["pruned"]:
+        out.print(f"weights on disk (all towers): {disk['dense'] / 1e6:,.1f} MB -> {disk['pruned'] / 1e6:,.1f} MB")
     out.print(f"Took {report.seconds['total']:.1f} s for {report.calibration_images} images. Saved to {output}.")
     for note in report.notes:
         out.print(f"Note: {note}")
@@ -273,6 +275,11 @@ def evaluate(
     save_json(json_file, command_line(), {**values, **options, **figures, "per_class_iou": per_class})
 
 
+def _weight_bytes(folder: Path) -> int | None:
+    """Bytes of the model's own weight files; None where it came from the Hub."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else None
+
+
 def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
@@ -296,9 +303,7 @@ def info(model: Model, resolution: Resolution = None, json_file: JsonFile = None
     show_table((["layer", "heads", "neurons"], lines), title=f"{model}: width now / dense")
     cost = TowerCost.of(config, resolution=resolution, projection=tower.projection is not None)
     totals = {unit: {"dense": cost.total(unit, tuple(dense)), "now": cost.total(unit, now)} for unit in UNITS}
-    size = folder_bytes(loaded.path, "*.safetensors") if Path(loaded.path).is_dir() else None
-    if size is not None:
-        size -= folder_bytes(Path(loaded.path) / "subnetwork", "*.safetensors")
+    size = _weight_bytes(Path(loaded.path))
     side = resolution or config.image_size
     cells = [
         [

@@ -3,7 +3,7 @@
 This file travels with checkpoints as remote code: it imports nothing but transformers, huggingface_hub and siblings.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
@@ -20,7 +20,7 @@ _Base = PreTrainedConfig if TYPE_CHECKING else object
 class _ReadsStockCLIP(_Base):
     """Read the config.json of a stock CLIP as our own, and refuse that of any other model."""
 
-    readable_model_types: tuple[str, ...] = ()
+    readable_model_types: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -167,7 +167,13 @@ class SparseCLIPConfig(_ReadsStockCLIP, CLIPConfig):
 
 
 def _comparable(config: SparseCLIPVisionConfig | SparseCLIPConfig) -> dict[str, Any]:
-    return dict(config.to_dict(), _name_or_path="")
+    # Loading writes the precision of the whole model into its towers' configurations, building does not.
+    towers = {
+        name: {key: item for key, item in value.items() if key != "dtype"}
+        for name, value in config.to_dict().items()
+        if name in ("text_config", "vision_config")
+    }
+    return dict(config.to_dict(), _name_or_path="", **towers)
 
 
 __all__ = ["SparseCLIPConfig", "SparseCLIPVisionConfig"]

@@ -66,7 +66,7 @@ class SegmentationResult:
     def _with_legend(self, picture: Image.Image) -> Image.Image:
         areas = self._areas()
         shown = areas[:20]
-        size = max(12, min(22, picture.height // (len(shown) + 3)))
+        size = max(14, min(22, picture.height // (len(shown) + 3)))
         font = ImageFont.load_default(size)
         rows = [(class_colour(i), f"{_shorten(self.labels[i])}  {share:.0%}") for i, share in shown]
         if len(areas) > len(shown):
@@ -76,11 +76,14 @@ class SegmentationResult:
             rows.append(((255, 255, 255), f"unlabelled  {unlabelled:.0%}"))
         line = int(size * 1.5)
         wide = int(max(font.getlength(text) for _, text in rows)) + 3 * size
-        sheet = Image.new("RGB", (picture.width + wide, max(picture.height, line * len(rows) + size)), "white")
+        tall = line * len(rows) + size
+        is_beside = picture.width <= 3 * picture.height  # under panoramas: beside them nobody would find it
+        left, top = (picture.width, 0) if is_beside else (0, picture.height)
+        sheet = Image.new("RGB", (max(picture.width, left + wide), max(picture.height, top + tall)), "white")
         sheet.paste(picture, (0, 0))
         draw = ImageDraw.Draw(sheet)
         for row, (colour, text) in enumerate(rows):
-            x, y = picture.width + size // 2, size // 2 + row * line
+            x, y = left + size // 2, top + size // 2 + row * line
             draw.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
             draw.text((x + int(size * 1.5), y), text, fill="black", font=font)
         return sheet

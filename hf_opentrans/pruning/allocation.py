@@ -1,5 +1,6 @@
 """Spread one budget over all layers: a Lagrangian over the lower convex hulls of the error curves."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,9 +31,9 @@ class Budget:
     floor: str
 
     @property
-    def to_remove(self) -> float:
-        """Cost that must be removed at least."""
-        return self.dense * (1 - self.keep)
+    def to_remove(self) -> int:
+        """Cost that must be removed at least; costs are whole, so the rounding error of `keep` is not one more."""
+        return math.ceil(self.dense * (1 - self.keep) - 1e-6)
 
     def check(self) -> None:
         """Raise ValueError where the floors forbid the budget."""
@@ -78,35 +79,47 @@ def allocate(curves: list[ErrorCurve], budget: Budget) -> list[int]:
     costs = [budget.unit_costs[curve.layer, curve.kind] for curve in curves]
     removed = [0] * len(curves)
     missing = budget.to_remove
-    for segment in sorted(_segments(curves, costs), key=lambda s: (s.price, s.curve, s.start)):
-        index = segment.curve
-        if missing <= 0:
-            break
-        if removed[index] != segment.start:
-            continue  # an earlier segment of this hull was too coarse to take
-        units = min(segment.stop - segment.start, int(-(-missing // costs[index])))
-        if units * costs[index] - missing > TOLERANCE * budget.dense:
-            units -= 1  # one head more would overshoot the tolerance: finer units follow
-        removed[index] += units
-        missing -= units * costs[index]
-    if missing > 0:
+    segments = sorted(_segments(curves, costs), key=lambda s: (s.price, s.curve, s.start))
+    # One head more would often overshoot the tolerance: finer units follow. Where they run out, it is taken after all.
+    tolerance = budget.dense * (1 - budget.keep + TOLERANCE) - budget.to_remove
+    for overshoot in (tolerance, math.inf):
+        missing = _take(segments, removed, costs, missing, overshoot)
+    missing += _give_back(removed, curves, costs, -missing)
+    if not -tolerance <= missing <= 0:
         raise ValueError(
             f"keep={budget.keep:g} cannot be met within {TOLERANCE:g}: the structures that may go are too coarse. "
             "Choose another keep, or a lower floor."
         )
-    _give_back(removed, curves, costs, -missing)
     return removed
 
 
-def _give_back(removed: list[int], curves: list[ErrorCurve], costs: list[int], slack: float) -> None:
-    """Spend what a coarse last step removed too much on the neurons whose removal cost most."""
+def _take(segments: list[_Segment], removed: list[int], costs: list[int], missing: int, overshoot: float) -> int:
+    """Remove along `segments` until nothing is missing; return what is (negative: removed too much)."""
+    for segment in segments:
+        index = segment.curve
+        if missing <= 0:
+            break
+        if not segment.start <= removed[index] < segment.stop:
+            continue  # taken already, or an earlier segment of this hull was too coarse to take
+        units = min(segment.stop - removed[index], -(-missing // costs[index]))
+        if units * costs[index] - missing > overshoot:
+            units -= 1
+        removed[index] += units
+        missing -= units * costs[index]
+    return missing
+
+
+def _give_back(removed: list[int], curves: list[ErrorCurve], costs: list[int], slack: int) -> int:
+    """Spend what a coarse last step removed too much on the neurons whose removal cost most; return what is spent."""
+    left = slack
     segments = [s for s in _segments(curves, costs) if curves[s.curve].kind == "neurons"]
     for segment in sorted(segments, key=lambda s: -s.price):
         taken = removed[segment.curve] - segment.start
         if 0 < taken <= segment.stop - segment.start:
-            units = min(taken, int(slack // costs[segment.curve]))
+            units = min(taken, left // costs[segment.curve])
             removed[segment.curve] -= units
-            slack -= units * costs[segment.curve]
+            left -= units * costs[segment.curve]
+    return slack - left
 
 
 def _segments(curves: list[ErrorCurve], costs: list[int]) -> list[_Segment]:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,24 +29,23 @@ class Calibration:
 
     Args:
         fit: Batches of shape `(batch_size, 3, side, side)` that the weights are fitted on.
-        held_out: Batches that choose the ridge.
+        held_out: Batches that choose the ridge; a single image is in both parts.
         fingerprint: SHA-256 of all pixel values.
+        num_images: Images in both parts together.
         warnings: What the user should know about the set.
     """
 
     fit: tuple[torch.Tensor, ...]
     held_out: tuple[torch.Tensor, ...]
     fingerprint: str
+    num_images: int
     warnings: tuple[str, ...] = ()
-
-    @property
-    def num_images(self) -> int:
-        """Images in both parts."""
-        return sum(len(batch) for batch in (*self.fit, *self.held_out))
 
 
 def list_images(images: Any) -> list[Any]:
     """Turn what users give as images into a list: a folder (searched recursively), a dataset, or any iterable.
+
+    Of a folder with `images/` and `classes.json` (the layout of segmentation data) only `images/` is searched.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -62,6 +61,8 @@ def list_images(images: Any) -> list[Any]:
                 f"The dataset has the columns {list(features)}, none of type Image. One is needed. Cast it with "
                 "dataset.cast_column(name, datasets.Image())."
             )
+        if not hasattr(images, "__len__"):  # a streamed dataset
+            return [row[column] for row in images]
         return [_Row(images, index, column) for index in range(len(images))]
     if not isinstance(images, Iterable):
         raise TypeError(f"images is {type(images).__name__}. It must be a folder, a dataset or an iterable of images.")
@@ -76,6 +77,8 @@ def _list_folder(folder: Path) -> list[Any]:
         raise FileNotFoundError(f"There is no folder {str(folder)!r}. Calibration images must exist. Check the path.")
     if folder.is_file():
         raise ValueError(f"{str(folder)!r} is a file. A folder of images is needed. Give the folder that holds it.")
+    if (folder / "classes.json").exists() and (folder / "images").is_dir():
+        folder = folder / "images"  # a segmentation folder: its masks are pictures too, but not photographs
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
         raise ValueError(
@@ -95,7 +98,7 @@ class _Row:
 
 
 def load_calibration(
-    images: Any, config: PruningConfig, tower: Tower, image_processor: Any = None, on_image: Callable[[], None] = int
+    images: Any, config: PruningConfig, tower: Tower, image_processor: Any = None, on_image: Callable[[], object] = int
 ) -> Calibration:
     """Draw images by the seed, prepare them, and check that there are enough.
 
@@ -112,9 +115,10 @@ def load_calibration(
     found = list_images(images)
     chosen = np.random.default_rng(config.seed).permutation(len(found))[: config.num_images]
     vision = tower.vision.config
-    side = config.resolution or vision.image_size
-    side = max(side // vision.patch_size, 1) * vision.patch_size
-    tokens = len(chosen) * (1 + (side // vision.patch_size) ** 2)
+    patch = cast("int", vision.patch_size)
+    side = config.resolution or cast("int", vision.image_size)
+    side = max(side // patch, 1) * patch
+    tokens = len(chosen) * (1 + (side // patch) ** 2)
     widest = max(module.in_features for module in tower.consumers.values())
     notes = _check_tokens(tokens, widest, len(chosen))
     processor = image_processor or CLIPImageProcessorPil()
@@ -130,7 +134,7 @@ def load_calibration(
     stacked = torch.stack(pixels)
     digest = hashlib.sha256(stacked.numpy().tobytes()).hexdigest()
     fit, held_out = stacked[held:].split(config.batch_size), stacked[: held or 1].split(config.batch_size)
-    return Calibration(fit, held_out, digest, notes)
+    return Calibration(fit, held_out, digest, len(pixels), notes)
 
 
 def _at_least_one_crop(image: Any, side: int) -> Any:
@@ -165,7 +169,7 @@ def _check_tokens(tokens: int, widest: int, images: int) -> tuple[str, ...]:
 def walk_layers(
     tower: Tower,
     calibration: Calibration,
-    on_batch: Callable[[], None] = int,
+    on_batch: Callable[[], object] = int,
     wanted: Container[tuple[int, str]] | None = None,
 ) -> Iterator[tuple[int, dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]]]:
     """Yield `(layer, {kind: (fit, held out)})`, holding one layer's statistics and the hidden states of all images.
@@ -184,14 +188,17 @@ def walk_layers(
         [tower.embed(batch.to(tower.vision.device)) for batch in part]
         for part in (calibration.fit, calibration.held_out)
     ]
-    for index, layer in enumerate(tower.vision.encoder.layers):
+    for index, layer in enumerate(tower.layers):
         modules = {
             kind: consumers[index, kind]
             for kind in ("heads", "neurons")
             if (index, kind) in consumers and (wanted is None or (index, kind) in wanted)
         }
         found = {
-            kind: tuple(CovarianceStatistics(module.in_features, tower.vision.device) for _ in range(2))
+            kind: (
+                CovarianceStatistics(module.in_features, tower.vision.device),
+                CovarianceStatistics(module.in_features, tower.vision.device),
+            )
             for kind, module in modules.items()
         }
         for part, batches in enumerate(hidden):

@@ -40,7 +40,7 @@ def output_metrics(
     *,
     probes: int,
     seed: int,
-    on_batch: Callable[[], None] = int,
+    on_batch: Callable[[], object] = int,
 ) -> dict[tuple[int, str], torch.Tensor]:
     """Measure how each sublayer's output moves the final tokens: M = E[g g^T], g = d<v, z> / dy.
 
@@ -93,7 +93,7 @@ def _observed_forward(tower: Tower, pixels: torch.Tensor) -> tuple[torch.Tensor,
     try:
         with torch.enable_grad():
             hidden = tower.embed(pixels).detach().requires_grad_()
-            for layer in tower.vision.encoder.layers:
+            for layer in tower.layers:
                 hidden = layer(hidden, None)
             return tower.finish(hidden), outputs
     finally:
@@ -169,7 +169,7 @@ def _square_root(metric: torch.Tensor) -> torch.Tensor:
 
 def norm_order(tower: Tower, layer: int, kind: str) -> tuple[int, ...]:
     """Order units by the squared L2 norm of all their weights, smallest first (the magnitude baseline)."""
-    block = tower.vision.encoder.layers[layer]
+    block = tower.layers[layer]
     if kind == "neurons":
         norms = block.mlp.fc1.weight.square().sum(1) + block.mlp.fc2.weight.square().sum(0)
     else:
@@ -180,7 +180,9 @@ def norm_order(tower: Tower, layer: int, kind: str) -> tuple[int, ...]:
             attention.v_proj.weight,
             attention.out_proj.weight.T,
         ]
-        norms = sum(weight.square().sum(1).unflatten(0, (attention.num_heads, -1)).sum(1) for weight in inputs)
+        norms = torch.stack(
+            [weight.square().sum(1).unflatten(0, (attention.num_heads, -1)).sum(1) for weight in inputs]
+        ).sum(0)
     return tuple(torch.argsort(norms, stable=True).tolist())
 
 

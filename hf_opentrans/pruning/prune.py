@@ -3,11 +3,12 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 
+from hf_opentrans._checks import check_finite
 from hf_opentrans._files import write_folder
 
 from .allocation import Budget, allocate, allocate_uniform
@@ -39,10 +40,20 @@ class PruningResult:
     subnetwork: Subnetwork
     report: PruningReport
 
-    def save_pretrained(self, folder: str | Path, processor: Any = None) -> None:
-        """Write the model, its processor, the report and the subnetwork as one folder, or nothing at all."""
+    def save_pretrained(
+        self, folder: str | Path, processor: Any = None, *, disk_dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the model, its processor, the report and the subnetwork as one folder, or nothing at all.
+
+        Args:
+            folder: New, empty, or an earlier output.
+            processor: Saved with the model, so that the folder can be used alone.
+            disk_dtype: Precision of the weights on disk, for example the base model's float16. The configuration
+                keeps the model's own, so the model loads in that. Defaults to the model's.
+        """
         with write_folder(folder, marker=REPORT_FILE) as target:
-            self.model.save_pretrained(target)
+            state = self.model.state_dict()
+            self.model.save_pretrained(target, state_dict={k: v.to(disk_dtype or v.dtype) for k, v in state.items()})
             if processor is not None:
                 processor.save_pretrained(target)
             self.subnetwork.save_pretrained(target / SUBNETWORK_FOLDER)
@@ -77,7 +88,7 @@ def prune_model(
     """
     config = config or PruningConfig()
     dense = to_sparse(model).eval().float().requires_grad_(False)
-    check_finite(dense)
+    check_finite(dense.state_dict())
     tower = Tower.of(dense)
     budget = make_budget(tower, config)
     with _Run(tower, config, images, progress) as run:
@@ -94,7 +105,7 @@ def prune_model(
         rebuilt: dict[tuple[int, str], Rebuilt] = {}
         if config.method == "obs":
             rebuilt = run.time("rebuild", lambda: _rebuild(tower, small, plan, calibration, metrics, run))
-    small = small.to(next(model.parameters()).dtype)
+    small = small.to(dtype=next(model.parameters()).dtype)
     report = _report(tower, small, curves, removed, rebuilt, calibration, config, run.seconds)
     _record_origin(small, model, report)
     return PruningResult(small, _subnetwork(model, dense, small, plan, calibration, report), report)
@@ -121,16 +132,6 @@ def make_budget(tower: Tower, config: PruningConfig) -> Budget:
     budget = Budget(unit, dense, config.keep, unit_costs, cost.total(unit, tuple(lowest)) / dense, floor)
     budget.check()
     return budget
-
-
-def check_finite(model: SparseModel) -> None:
-    """Raise ValueError where a weight is NaN or infinite."""
-    for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"The weight {name!r} has values that are NaN or infinite. All weights must be finite. "
-                "The checkpoint is damaged: get it again."
-            )
 
 
 def _fewest(tower: Tower, config: PruningConfig, layer: int, kind: str) -> int:
@@ -183,7 +184,7 @@ def _baseline_orders(tower: Tower, config: PruningConfig) -> list[ErrorCurve]:
 
 def _make_plan(tower: Tower, curves: list[ErrorCurve], removed: list[int]) -> PruningPlan:
     kept = {(curve.layer, curve.kind): curve.kept(count) for curve, count in zip(curves, removed, strict=True)}
-    layers = range(len(tower.vision.encoder.layers))
+    layers = range(len(tower.layers))
     return PruningPlan(tuple(LayerPlan(kept.get((i, "heads"), ()), kept.get((i, "neurons"), ())) for i in layers))
 
 
@@ -211,7 +212,7 @@ class _Run:
     def __init__(self, tower: Tower, config: PruningConfig, images: Any, progress: bool) -> None:
         count = min(config.num_images, len(list_images(images))) if hasattr(images, "__len__") else config.num_images
         batches = -(-count // config.batch_size) + 1
-        passes = 2 * len(tower.vision.encoder.layers) + 1 if config.method == "obs" else 0
+        passes = 2 * len(tower.layers) + 1 if config.method == "obs" else 0
         self.bar = tqdm(total=count + passes * batches, desc="Pruning", unit="step", disable=not progress, leave=False)
         self.seconds: dict[str, float] = {}
         self._start = time.perf_counter()
@@ -265,7 +266,7 @@ def _report(
     if config.protect_last_attention:
         notes.append("The attention of the last block is protected: training-free dense heads read its q, k and v.")
     costs = {unit: (cost.total(unit, before), cost.total(unit, after)) for unit in ("macs", "params")}
-    side = config.resolution or tower.vision.config.image_size
+    side = config.resolution or cast("int", tower.vision.config.image_size)
     return PruningReport(
         config=config.to_dict(),
         layers=tuple(layers),

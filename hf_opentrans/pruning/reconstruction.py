@@ -67,13 +67,12 @@ def delta_ridge(
         moved = _moved(plain, fit.covariance, kept, gone, ridge)
         if moved is not None:
             errors[ridge] = _error(plain, moved, centred, kept, gone, metric)
-    best = min(errors, key=errors.__getitem__)
-    moved = _moved(plain, total.covariance, kept, gone, best)
-    if moved is None:
-        raise RuntimeError(
-            f"The covariance of {len(kept)} inputs is not positive definite with ridge {best}. It must be. "
-            "Use more calibration images."
-        )
+    best, moved = MEAN_SHIFT, torch.zeros_like(weight[:, kept])
+    for ridge in sorted(errors, key=errors.__getitem__):  # a system that the fit rows solve may still fail here
+        solved = _moved(plain, total.covariance, kept, gone, ridge)
+        if solved is not None:
+            best, moved = ridge, solved
+            break
     zero_mean_shift = held_out.moment_about(torch.zeros_like(fit.mean))
     return Rebuilt(
         weight=weight[:, kept] + moved,

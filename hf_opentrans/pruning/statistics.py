@@ -24,6 +24,8 @@ class CovarianceStatistics:
     @torch.no_grad()
     def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows of shape `(count, dim)`, with optional weights of shape `(count,)`."""
+        if not len(rows):
+            return
         rows = rows.float()
         weights = rows.new_ones(len(rows)) if weights is None else weights.to(rows)
         if self._shift is None:
@@ -57,6 +59,8 @@ class CovarianceStatistics:
     @property
     def covariance(self) -> torch.Tensor:
         """Centred covariance of shape `(dim, dim)`, fp64."""
+        if self._shift is None:
+            raise ValueError("The statistics hold no rows. Their covariance is undefined. Call update first.")
         offset = self._first / self.weight
         return self._second / self.weight - torch.outer(offset, offset)
 

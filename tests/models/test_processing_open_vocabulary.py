@@ -1,0 +1,162 @@
+"""Preparing images, and turning logits into segmentations: against brute force with torch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_opentrans import OpenVocabularyProcessor, OpenVocabularySegmenterOutput, Vocabulary
+from hf_opentrans.models.processing_open_vocabulary import upsampled_strips
+
+QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def processor(tiny_image_processor, tiny_tokenizer):
+    return OpenVocabularyProcessor(tiny_image_processor, tiny_tokenizer)
+
+
+def outputs_of(logits, vocabulary):
+    return OpenVocabularySegmenterOutput(logits=logits, vocabulary=vocabulary)
+
+
+def brute_force(logits, size, vocabulary, threshold):
+    """Return class and score per pixel: upsample, softmax over all queries, best alias, best class."""
+    wide = torch.nn.functional.interpolate(logits[None].double(), size=size, mode="bilinear", align_corners=False)[0]
+    probabilities = wide.softmax(0)
+    owner = [index for index, group in enumerate(vocabulary.classes) for _ in vocabulary._spoken(group)]
+    per_class = torch.stack(
+        [
+            torch.stack([p for p, o in zip(probabilities, owner, strict=True) if o == index]).amax(0)
+            for index in range(len(vocabulary.classes))
+        ]
+    )
+    scores, ids = per_class.max(0)
+    if threshold is not None:
+        background = [i for i, name in enumerate(vocabulary.names) if name == "background"]
+        ids = torch.where(scores < threshold, background[0] if background else -1, ids)
+    return ids, scores
+
+
+VOCABULARIES = {
+    "plain": Vocabulary(["cat", "dog", "wall"]),
+    "aliases": Vocabulary(["cat; kitten", "dog", ["sofa", "couch", "settee"]]),
+    "background": Vocabulary(["cat", "dog; puppy"], background=["sky", "road"]),
+    "background alone": Vocabulary(["cat", "background"]),
+}
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_post_processing_equals_brute_force(processor, name, threshold):
+    vocabulary = VOCABULARIES[name]
+    logits = 3 * torch.randn(2, len(vocabulary.queries), 4, 5)
+    sizes = [(13, 17), (3, 31)]
+    results = processor.post_process_semantic_segmentation(outputs_of(logits, vocabulary), sizes, threshold)
+    for result, image, size in zip(results, logits, sizes, strict=True):
+        ids, scores = brute_force(image, size, vocabulary, threshold)
+        torch.testing.assert_close(result.scores.double(), scores, atol=1e-5, rtol=1e-4)
+        certain = (scores - (threshold or 0.0)).abs() > 1e-4
+        # Where two classes tie within rounding, either may win.
+        assert float((result.segmentation == ids)[certain].double().mean()) > 0.995
+        assert result.labels == vocabulary.names
+
+
+def test_default_sizes_are_those_of_the_logits(processor):
+    logits = torch.randn(2, 3, 4, 5)
+    results = processor.post_process_semantic_segmentation(outputs_of(logits, VOCABULARIES["plain"]))
+    for result, image in zip(results, logits, strict=True):
+        assert torch.equal(result.segmentation, image.argmax(0))
+        torch.testing.assert_close(result.scores, image.softmax(0).amax(0))
+
+
+def test_two_thousand_labels(processor):
+    vocabulary = Vocabulary([f"label {index}" for index in range(2000)])
+    logits = torch.zeros(1, 2000, 2, 2)
+    logits[0, 1999, :, 0] = 50.0
+    logits[0, 7, :, 1] = 50.0
+    result = processor.post_process_semantic_segmentation(outputs_of(logits, vocabulary), [(60, 80)])[0]
+    assert result.segmentation.shape == (60, 80)
+    assert result.segmentation.unique().tolist() == [7, 1999]
+    assert {entry["label"] for entry in result.to_list()} == {"label 7", "label 1999"}
+
+
+@QUICK
+@given(
+    channels=st.integers(1, 4),
+    source=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    max_bytes=st.integers(1, 20_000),
+)
+def test_strips_equal_interpolate(channels, source, size, max_bytes):
+    logits = torch.randn(channels, *source)
+    expected = torch.nn.functional.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    found = torch.full((channels, *size), torch.nan)
+    for rows, strip in upsampled_strips(logits, size, max_bytes):
+        assert strip.shape == (channels, rows.stop - rows.start, size[1])
+        found[:, rows] = strip
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_strips_hold_few_bytes():
+    strips = upsampled_strips(torch.randn(10, 4, 4), (100, 50), max_bytes=10 * 50 * 8 * 7)
+    heights = [rows.stop - rows.start for rows, _ in strips]
+    assert max(heights) == 7
+    assert sum(heights) == 100
+
+
+def test_impossible_outputs_are_refused(processor):
+    vocabulary = VOCABULARIES["plain"]
+    outputs = outputs_of(torch.randn(2, 3, 4, 5), vocabulary)
+    with pytest.raises(ValueError, match=r"There are 1 target sizes for 2 images. Give one"):
+        processor.post_process_semantic_segmentation(outputs, [(4, 4)])
+    for threshold in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"threshold is {threshold}. It is a probability"):
+            processor.post_process_semantic_segmentation(outputs, threshold=threshold)
+    for broken in (outputs_of(None, vocabulary), outputs_of(outputs.logits, None)):
+        with pytest.raises(ValueError, match="The outputs hold no logits with a vocabulary"):
+            processor.post_process_semantic_segmentation(broken)
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "expected"),
+    [
+        ((48, 40), None, (32, 40)),  # 32 x 38.4 rounded to multiples of 8
+        ((40, 48), 64, (80, 64)),
+        ((1, 1), None, (32, 32)),
+        ((10_000, 20), None, (8, 192)),  # the long side is at most 6 times the resolution
+        ((20, 10_000), None, (192, 8)),
+    ],
+)
+def test_images_keep_their_shape(processor, size, resolution, expected):
+    batch = processor(Image.new("RGB", size), resolution=resolution, size_divisor=8)
+    assert batch["pixel_values"].shape == (1, 3, *expected)
+    assert batch["target_sizes"] == [(size[1], size[0])]
+
+
+def test_pixels_are_normalised_as_clip_does(processor):
+    pixels = processor(Image.new("RGB", (32, 32), (255, 0, 51)), size_divisor=8)["pixel_values"][0]
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+    for channel, value in enumerate((1.0, 0.0, 0.2)):
+        expected = (value - mean[channel]) / std[channel]
+        torch.testing.assert_close(pixels[channel], torch.full((32, 32), expected), atol=1e-5, rtol=1e-5)
+
+
+def test_images_of_different_shapes_form_a_list(processor):
+    batch = processor([Image.new("RGB", (32, 32)), np.zeros((32, 64, 3), np.uint8)], size_divisor=8)
+    assert [tuple(tensor.shape) for tensor in batch["pixel_values"]] == [(3, 32, 32), (3, 32, 64)]
+    same = processor([Image.new("RGB", (32, 32)), Image.new("L", (64, 64))], size_divisor=8)
+    assert same["pixel_values"].shape == (2, 3, 32, 32)
+    assert same["target_sizes"] == [(32, 32), (64, 64)]
+
+
+def test_it_reads_and_writes_the_files_of_a_clip_folder(tmp_path, tiny_clip_folder):
+    processor = OpenVocabularyProcessor.from_pretrained(tiny_clip_folder)
+    assert processor.resolution == 32
+    processor.save_pretrained(tmp_path / "again")
+    again = OpenVocabularyProcessor.from_pretrained(tmp_path / "again")
+    image = Image.fromarray(np.arange(48 * 40 * 3, dtype=np.uint8).reshape(40, 48, 3))
+    assert torch.equal(processor(image)["pixel_values"], again(image)["pixel_values"])
+    assert again.tokenizer(["a cat"])["input_ids"] == processor.tokenizer(["a cat"])["input_ids"]

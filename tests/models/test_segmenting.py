@@ -1,0 +1,65 @@
+"""The three-line use: images in, results out."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_opentrans import DenseCLIPForSegmentation, OpenVocabularyProcessor, Vocabulary, segment
+
+
+@pytest.fixture
+def parts(tiny_clip_folder) -> tuple[DenseCLIPForSegmentation, OpenVocabularyProcessor]:
+    return (
+        DenseCLIPForSegmentation.from_pretrained(tiny_clip_folder),
+        OpenVocabularyProcessor.from_pretrained(tiny_clip_folder),
+    )
+
+
+def test_segment_equals_the_single_steps(parts, tiny_images):
+    model, processor = parts
+    labels = ["cat", "sofa; couch", "wall"]
+    results = segment(model, processor, tiny_images[:3], labels)
+    vocabulary = model.encode_vocabulary(Vocabulary(labels, templates="photo"), processor.tokenizer)
+    batch = processor(tiny_images[:3], size_divisor=8)
+    with torch.no_grad():
+        outputs = model(batch["pixel_values"], vocabulary=vocabulary)
+    expected = processor.post_process_semantic_segmentation(outputs, batch["target_sizes"])
+    for ours, theirs, image in zip(results, expected, tiny_images, strict=False):
+        torch.testing.assert_close(ours.scores, theirs.scores)
+        assert torch.equal(ours.segmentation, theirs.segmentation)
+        assert ours.labels == ("cat", "sofa", "wall")
+        assert ours.image is not None
+        assert ours.image.size == image.size
+
+
+def test_images_of_all_kinds_and_sizes_keep_their_order(parts, tmp_path):
+    model, processor = parts
+    sizes = [(48, 40), (1, 1), (40, 48), (48, 40), (300, 10), (48, 40)]
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    images[3] = images[3].convert("L")
+    images[5].save(tmp_path / "a.png")
+    together = segment(model, processor, [*images[:5], tmp_path / "a.png"], ["cat", "dog"], batch_size=2)
+    for image, result, (width, height) in zip(images, together, sizes, strict=True):
+        assert result.segmentation.shape == (height, width)
+        alone = segment(model, processor, image, ["cat", "dog"])[0]
+        torch.testing.assert_close(alone.scores, result.scores, atol=1e-5, rtol=1e-4)
+
+
+def test_one_pass_per_batch_whatever_the_number_of_names(parts, tiny_images):
+    model, processor = parts
+    calls = []
+    model.vision_model.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    segment(model, processor, tiny_images, [f"name {index}" for index in range(50)], batch_size=8)
+    assert len(calls) == 1
+
+
+def test_slide_and_mode_and_threshold(parts, tiny_images):
+    model, processor = parts
+    results = segment(model, processor, tiny_images[0], ["cat", "dog"], mode="sclip", inference="slide", threshold=1.0)
+    assert results[0].segmentation.unique().tolist() == [-1]
+    with pytest.raises(ValueError, match="mode is 'magic'"):
+        segment(model, processor, tiny_images[0], ["cat"], mode="magic")
+    with pytest.raises(ValueError, match="occurs twice"):
+        segment(model, processor, tiny_images[0], ["cat", "cat"])

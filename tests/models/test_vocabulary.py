@@ -1,0 +1,123 @@
+"""Names, aliases, templates and text embeddings."""
+
+import pytest
+import torch
+
+from hf_opentrans import Vocabulary
+from hf_opentrans.models.prompt_templates import PROMPT_TEMPLATES
+from hf_opentrans.models.vocabulary import BACKGROUND_WORDS
+
+
+def test_names_and_aliases():
+    vocabulary = Vocabulary(["cat", "sofa; couch", ["dog", "puppy", "hound"]])
+    assert vocabulary.names == ("cat", "sofa", "dog")
+    assert vocabulary.queries == ("cat", "sofa", "couch", "dog", "puppy", "hound")
+    assert vocabulary.query_to_class.tolist() == [0, 1, 1, 2, 2, 2]
+
+
+def test_parse_reads_the_form_of_the_command_line():
+    vocabulary = Vocabulary.parse(" cat ; dog, puppy;  traffic   light; ", templates="plain")
+    assert vocabulary.classes == (("cat",), ("dog", "puppy"), ("traffic light",))
+    assert vocabulary.templates == ("{}",)
+    assert vocabulary == Vocabulary([["cat"], ["dog", "puppy"], "traffic light"], templates="plain")
+
+
+def test_an_alias_that_repeats_counts_once():
+    assert Vocabulary(["cat; kitten; cat"]).queries == ("cat", "kitten")
+
+
+@pytest.mark.parametrize("text", ["", " ", ";", "cat;;dog", "cat, ;dog", ";cat"])
+def test_empty_names_are_refused(text):
+    with pytest.raises(ValueError, match=r"of the labels has an empty name. Every class and alias needs"):
+        Vocabulary.parse(text)
+
+
+def test_no_class_is_refused():
+    with pytest.raises(ValueError, match=r"The vocabulary has no class. It needs at least one"):
+        Vocabulary([])
+    with pytest.raises(ValueError, match="Class 2 of the labels has an empty name"):
+        Vocabulary(["cat", []])
+
+
+@pytest.mark.parametrize("classes", [["cat", "dog", "cat"], ["cat", "Cat"], ["cat; kitten", " cat "]])
+def test_duplicate_labels_are_refused(classes):
+    with pytest.raises(ValueError, match=r"The label '\s?[Cc]at' occurs twice. Class names must be unique"):
+        Vocabulary(classes)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match=r"The classes are one string, 'cat; dog'.*Vocabulary\.parse"):
+        Vocabulary("cat; dog")
+    with pytest.raises(TypeError, match=r"Class 2 holds 3. Names must be strings"):
+        Vocabulary(["cat", ["dog", 3]])  # pyright: ignore[reportArgumentType]
+
+
+def test_background_is_one_more_class_of_many_words():
+    vocabulary = Vocabulary(["cat", "wall"], background="words26")
+    assert vocabulary.names == ("cat", "wall", "background")
+    assert len(BACKGROUND_WORDS) == 26
+    # A word that the user asks for is not background; "background" itself is not asked when words stand for it.
+    assert vocabulary.queries == ("cat", "wall", *(word for word in BACKGROUND_WORDS if word != "wall"))
+    assert vocabulary.query_to_class.tolist() == [0, 1, *[2] * 25]
+    assert Vocabulary(["cat"], background="sky; road").queries == ("cat", "sky", "road")
+    assert Vocabulary(["cat"], background=["sky"]).query_to_class.tolist() == [0, 1]
+    assert Vocabulary(["cat", "sky"], background=["sky"]).queries == ("cat", "sky", "background")
+
+
+def test_background_that_is_a_class_already_is_refused():
+    with pytest.raises(ValueError, match="'background' occurs twice"):
+        Vocabulary(["cat", "background"], background="words26")
+
+
+def test_template_lists_have_their_published_lengths():
+    lengths = {name: len(templates) for name, templates in PROMPT_TEMPLATES.items()}
+    assert lengths == {"plain": 1, "photo": 1, "vild14": 14, "imagenet80": 80}
+    for templates in PROMPT_TEMPLATES.values():
+        assert len(set(templates)) == len(templates)
+        assert all(template.count("{}") == 1 for template in templates)
+
+
+def test_templates_of_ones_own():
+    assert Vocabulary(["cat"], templates="a {} here").templates == ("a {} here",)
+    assert Vocabulary(["cat"], templates=["a {}", "the {}"]).templates == ("a {}", "the {}")
+    with pytest.raises(ValueError, match=r"no prompt templates named 'imagenet'. Known names: plain, photo"):
+        Vocabulary(["cat"], templates="imagenet")
+    for wrong in ([], ["a {} and {}"], ["a {}", "nothing"]):
+        with pytest.raises(ValueError, match=r"are not usable. Each needs exactly one {} for the name"):
+            Vocabulary(["cat"], templates=wrong)
+
+
+def test_encoding_averages_unit_embeddings_over_templates():
+    vectors = {
+        "a cat": [3.0, 4.0],
+        "the cat": [0.0, 2.0],
+        "a dog": [5.0, 0.0],
+        "the dog": [1.0, 0.0],
+    }
+    vocabulary = Vocabulary(["cat", "dog"], templates=["a {}", "the {}"])
+    encoded = vocabulary.encode(lambda texts: torch.tensor([vectors[text] for text in texts]), batch_size=3)
+    # cat: mean of (0.6, 0.8) and (0, 1) is (0.3, 0.9), of length sqrt(0.9). dog: (1, 0).
+    expected = torch.tensor([[0.3, 0.9], [1.0, 0.0]]) / torch.tensor([[0.9**0.5], [1.0]])
+    assert encoded.text_embeddings is not None
+    torch.testing.assert_close(encoded.text_embeddings, expected)
+    assert vocabulary.text_embeddings is None
+    assert encoded == vocabulary  # embeddings are a cache, not identity
+
+
+def test_encoding_keeps_the_background():
+    vocabulary = Vocabulary(["cat"], background=["sky", "road"], templates="plain")
+    encoded = vocabulary.encode(lambda texts: torch.eye(3)[: len(texts)])
+    assert encoded.names == ("cat", "background")
+    assert encoded.queries == ("cat", "sky", "road")
+
+
+def test_the_fingerprint_depends_on_names_and_templates():
+    vocabularies = [
+        Vocabulary(["cat", "dog"]),
+        Vocabulary(["dog", "cat"]),
+        Vocabulary(["cat; dog"]),
+        Vocabulary(["cat", "dog"], templates="plain"),
+        Vocabulary(["cat", "dog"], background="words26"),
+    ]
+    assert len({vocabulary.fingerprint for vocabulary in vocabularies}) == len(vocabularies)
+    assert Vocabulary(["cat", "dog"]).fingerprint == Vocabulary.parse("cat;dog").fingerprint

@@ -1,0 +1,112 @@
+"""Streamed mean and covariance against numpy in double precision."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_opentrans.pruning.statistics import CovarianceStatistics
+
+DIM = 3
+
+
+def draw(seed, count, mean=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(DIM, DIM, generator=generator)
+    rows = torch.randn(count, DIM, generator=generator) @ mixing + mean
+    return rows, torch.rand(count, generator=generator) + 0.1
+
+
+def reference(rows, weights):
+    values, weights = rows.double().numpy(), weights.double().numpy()
+    mean = np.average(values, axis=0, weights=weights)
+    centred = values - mean
+    return mean, (centred * weights[:, None]).T @ centred / weights.sum()
+
+
+def streamed(rows, weights, sizes):
+    statistics = CovarianceStatistics(DIM)
+    for part, share in zip(rows.split(sizes), weights.split(sizes), strict=True):
+        statistics.update(part, share)
+    return statistics
+
+
+def assert_equals(statistics, rows, weights):
+    mean, covariance = reference(rows, weights)
+    np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(statistics.covariance.numpy(), covariance, atol=1e-4 * max(1.0, covariance.max()))
+    assert statistics.rows == len(rows)
+    assert statistics.weight == pytest.approx(float(weights.double().sum()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    mean=st.sampled_from([0.0, -3.0, 1e3, 1e5]),
+    seed=st.integers(0, 10**6),
+)
+def test_streamed_statistics_equal_numpy(sizes, mean, seed):
+    rows, weights = draw(seed, sum(sizes), mean)
+    assert_equals(streamed(rows, weights, sizes), rows, weights)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    mean=st.sampled_from([0.0, 1e4]),
+    seed=st.integers(0, 10**6),
+    order=st.randoms(use_true_random=False),
+)
+def test_merging_in_any_order_equals_one_pass(sizes, mean, seed, order):
+    rows, weights = draw(seed, sum(sizes), mean)
+    parts = [streamed(r, w, [len(r)]) for r, w in zip(rows.split(sizes), weights.split(sizes), strict=True)]
+    while len(parts) > 1:
+        left = parts.pop(order.randrange(len(parts)))
+        right = parts.pop(order.randrange(len(parts)))
+        parts.append(left.merge(right))
+    assert_equals(parts[0], rows, weights)
+
+
+def test_merging_changes_neither_part_and_accepts_empty_ones():
+    rows, weights = draw(0, 12)
+    left, right = streamed(rows[:5], weights[:5], [5]), streamed(rows[5:], weights[5:], [7])
+    left.merge(right)
+    assert_equals(left, rows[:5], weights[:5])
+    assert_equals(right, rows[5:], weights[5:])
+    empty = CovarianceStatistics(DIM)
+    assert_equals(left.merge(empty), rows[:5], weights[:5])
+    assert_equals(empty.merge(left), rows[:5], weights[:5])
+
+
+def test_rows_without_weights_count_once():
+    rows, _ = draw(1, 20)
+    statistics = CovarianceStatistics(DIM)
+    statistics.update(rows)
+    np.testing.assert_allclose(statistics.covariance.numpy(), np.cov(rows.double().T, bias=True), atol=1e-5)
+
+
+def test_half_precision_rows_are_summed_in_double_precision():
+    rows, weights = draw(2, 30, mean=8.0)
+    assert_equals(streamed(rows.half(), weights, [10] * 3), rows.half(), weights)
+
+
+def test_moment_about_a_point_is_the_mean_square_of_the_differences():
+    rows, weights = draw(3, 15, mean=2.0)
+    statistics = streamed(rows, weights, [4, 11])
+    centre = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+    shifted = rows.double() - centre
+    expected = (shifted * weights.double()[:, None]).T @ shifted / weights.double().sum()
+    np.testing.assert_allclose(statistics.moment_about(centre).numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.moment_about(statistics.mean), statistics.covariance)
+
+
+@pytest.mark.parametrize("read", [lambda s: s.mean, lambda s: s.covariance, lambda s: s.moment_about(torch.zeros(DIM))])
+def test_statistics_without_rows_raise(read):
+    with pytest.raises(ValueError, match="hold no rows"):
+        read(CovarianceStatistics(DIM))
+
+
+def test_an_empty_batch_changes_nothing():
+    rows, weights = draw(4, 6)
+    assert_equals(streamed(rows, weights, [0, 6, 0]), rows, weights)
