@@ -10,12 +10,13 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt --editable
 NEEDS_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 	f"{sys.executable} is Python {v[0]}.{v[1]}. hf_opentrans needs Python 3.11 or newer.")
 
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test results lint types format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), prune and segment, write demo-output/"
 	@echo "make test    install the test extra into $(VENV), run the tests"
+	@echo "make results measure the published figures again (about ten minutes)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   pyright"
 	@echo "make format  let ruff rewrite what it can"
@@ -23,6 +24,18 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-opentrans demo --output demo-output
+
+# The figures that README and cards show; nothing else should run meanwhile.
+SCENES := .results-scenes
+results: $(VENV)/.demo
+	$(BIN)/hf-opentrans scenes --output $(SCENES)/calibration --count 256 --seed 1
+	$(BIN)/hf-opentrans scenes --output $(SCENES)/test --count 200 --names 40 --seed 2
+	$(BIN)/hf-opentrans scenes --output $(SCENES)/single --single --names 100 --count 4 --seed 3
+	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark pruning --model clip-scenes --images calibration \
+		--fidelity-images test --segmentation test --classification single \
+		--json ../model_cards/results/pruning-clip-scenes.json
+	$(BIN)/hf-opentrans benchmark latency --json model_cards/results/latency-vit-b16.json
+	$(BIN)/hf-opentrans benchmark tables README.md
 
 # One thread per worker: two workers then fill two cores without fighting over them.
 test: $(VENV)/.test

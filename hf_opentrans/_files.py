@@ -53,6 +53,7 @@ def write_folder(folder: str | Path, *, marker: str) -> Iterator[Path]:
         if path.exists():
             path.rename(previous)
         temporary.rename(path)
+        shutil.rmtree(previous, ignore_errors=True)
     except BaseException as err:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

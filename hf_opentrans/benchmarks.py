@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -140,7 +140,7 @@ def _measure(
     data: BenchmarkData,
     seconds: float | None,
 ) -> MethodRow:
-    vision = model.config.vision_config
+    vision = cast("CLIPVisionConfig", model.config.vision_config)
     values: dict[str, Any] = {}
     if data.fidelity_images:
         measured: Fidelity = fidelity(

@@ -13,6 +13,7 @@ from transformers import CLIPProcessor
 
 from hf_opentrans._files import check_output_folder, folder_bytes, write_folder
 from hf_opentrans._optional import require
+from hf_opentrans.benchmark_tables import latency_table, markdown_table, method_table
 from hf_opentrans.benchmarks import (
     BenchmarkData,
     Compared,
@@ -174,62 +175,6 @@ def _paint(ids: np.ndarray, truth: np.ndarray) -> np.ndarray:
     colours = np.array([(235, 235, 235), *(class_colour(i) for i in range(int(max(ids.max(), 0)) + 1))], np.float32)
     pixels = colours[ids + 1]
     return np.where((truth >= 0)[..., None], pixels, 0.3 * pixels + 0.7 * 235).astype(np.uint8)
-
-
-def method_table(rows: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells of the comparison, for Markdown and for the terminal."""
-    header = ["model", "MACs", "params", "fp32 size", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc"]
-    cells = []
-    for row in rows:
-        share = f" ({row.macs / rows[0].macs:.1%})" if row is not rows[0] else ""
-        cells.append(
-            [
-                "ours" if row.method == "obs" else row.method,
-                f"{row.macs / 1e6:,.0f} M{share}",
-                f"{row.params / 1e6:.2f} M",
-                f"{row.bytes / 1e6:.1f} MB",
-                _number(row.class_token_cosine),
-                _number(row.patch_token_cosine),
-                _percent(row.top1),
-                _percent(row.mean_iou),
-                _percent(row.pixel_accuracy),
-            ]
-        )
-    measured = [i for i in range(len(header)) if any(line[i] != "-" for line in cells)]
-    return [header[i] for i in measured], [[line[i] for i in measured] for line in cells]
-
-
-def latency_table(rows: Sequence[LatencyRow]) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells of paired latencies."""
-    header = ["model", "batch", "px", "median", "speed-up (range)", "MACs", "of MACs"]
-    cells = [
-        [
-            row.model,
-            str(row.batch_size),
-            str(row.resolution),
-            f"{row.median_ms:.1f} ms",
-            f"{row.speed_up:.2f}x ({row.speed_up_range[0]:.2f}-{row.speed_up_range[1]:.2f})",
-            f"{row.mac_ratio:.2f}x",
-            f"{row.efficiency:.0%}",
-        ]
-        for row in rows
-    ]
-    return header, cells
-
-
-def markdown_table(table: tuple[list[str], list[list[str]]]) -> str:
-    """Format header and cells as a Markdown table."""
-    header, cells = table
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def _report(rows: Sequence[MethodRow], latency: Sequence[LatencyRow], values: dict[str, Any]) -> str:

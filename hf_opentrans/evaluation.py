@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -41,7 +41,7 @@ def evaluate_segmentation(
     samples: Iterable[tuple[ImageInput, Any]],
     class_names: Sequence[str],
     *,
-    on_image: Callable[[], None] = int,
+    on_image: Callable[[], object] = int,
     **options: Any,
 ) -> SegmentationScores:
     """Segment images by all class names and compare with their masks.
@@ -90,7 +90,7 @@ def fidelity(
         resolution: Side in pixels. Defaults to the dense model's `image_size`.
         batch_size: Images per pass.
     """
-    pixels = center_crops(images, image_processor, resolution or dense.config.vision_config.image_size)
+    pixels = center_crops(images, image_processor, resolution or native_side(dense))
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in pixels.split(batch_size):
         (class_a, patch_a), (class_b, patch_b) = (projected_tokens(m, batch) for m in (model, dense))
@@ -103,6 +103,11 @@ def center_crops(images: Iterable[ImageInput], image_processor: Any, side: int) 
     """Return pixel values of shape `(images, 3, side, side)`."""
     options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "return_tensors": "pt"}
     return torch.stack([image_processor(load_rgb(image), **options)["pixel_values"][0] for image in images])
+
+
+def native_side(model: DenseCLIPForSegmentation) -> int:
+    """Return the side in pixels of the square images that the model was trained on."""
+    return int(cast("Any", model.config.vision_config).image_size)
 
 
 def projected_tokens(model: DenseCLIPForSegmentation, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,19 +136,21 @@ def zero_shot_accuracy(
         processor: Its processor.
         images: Images.
         targets: Class index of each.
-        class_names: Names by class index.
+        class_names: Names by class index; ";" separates aliases.
         resolution: Side in pixels. Defaults to the model's `image_size`.
         batch_size: Images per pass.
     """
     vocabulary = Vocabulary(class_names, templates=model.config.segmentation_templates)
-    text = model.encode_vocabulary(vocabulary, processor.tokenizer).text_embeddings
+    vocabulary = model.encode_vocabulary(vocabulary, processor.tokenizer)
+    text, query_to_class = vocabulary.text_embeddings, vocabulary.query_to_class
     if text is None:
         raise RuntimeError("Encoding the vocabulary gave no embeddings. This is a fault of the package: report it.")
-    side = resolution or model.config.vision_config.image_size
+    side = resolution or native_side(model)
     pixels = center_crops(images, processor.image_processor, side)
     expected = torch.as_tensor(list(targets))
     correct = 0
     for batch, answers in zip(pixels.split(batch_size), expected.split(batch_size), strict=True):
         class_tokens, _ = projected_tokens(model, batch)
-        correct += int(((class_tokens @ text.to(class_tokens).T).argmax(1).cpu() == answers).sum())
+        queries = (class_tokens @ text.to(class_tokens).T).argmax(1).cpu()
+        correct += int((query_to_class[queries] == answers).sum())
     return correct / len(expected)

@@ -12,8 +12,8 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPImageProcessorPil, CLIPProcessor
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from hf_opentrans._checks import check_finite
 from hf_opentrans.models.configuration_sparse_clip import (
@@ -112,7 +112,7 @@ def load_segmenter(
 def load_processor(path: str, *, revision: str | None = None, text: bool = True) -> Any:
     """Load the stock CLIP processor of a folder, or its image processor alone."""
     if not text:
-        return CLIPImageProcessorPil.from_pretrained(path, revision=revision)
+        return CLIPImageProcessorPil.from_pretrained(path, revision=revision or "main")
     loaded = OpenVocabularyProcessor.from_pretrained(path, revision=revision)
     return CLIPProcessor(loaded.image_processor, loaded.tokenizer)
 
@@ -169,13 +169,14 @@ def _clear_errors(path: str) -> Iterator[None]:
     if folder.is_dir() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"The folder {path!r} has no config.json. A model folder needs one. Check the path.")
     try:
+        _check_is_object(folder / "config.json")
         yield
     except SafetensorError as err:
         raise ValueError(
             f"The weights in {path!r} are damaged or cut short ({err}). The file must be complete. "
             "Copy or download it again."
         ) from err
-    except json.JSONDecodeError as err:
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
         raise ValueError(f"A JSON file in {path!r} is not valid ({err}). Save or download the model again.") from err
     except OSError as err:
         if isinstance(err, FileNotFoundError) and str(path) in str(err):
@@ -185,6 +186,11 @@ def _clear_errors(path: str) -> Iterator[None]:
             f"The model {path!r} could not be loaded: {first.rstrip('.')}. It needs config.json, model.safetensors "
             "and the processor's files. Check the name, or the folder's content."
         ) from err
+
+
+def _check_is_object(path: Path) -> None:
+    if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+        raise ValueError(f"{str(path)!r} is not valid: it holds no JSON object. Save or download the model again.")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "hf_opentrans"
 CONFIGS, MODELINGS = "models.configuration_*", "models.modeling_*"
 CLIP = "models.modeling_sparse_clip"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
-ALL_BUT_CLI = "_* models* data* pruning* loading evaluation benchmarks* demo*"
+ALL_BUT_CLI = "_* models* data* pruning* loading evaluation benchmark* demo*"
 MAY_IMPORT = {
     "_optional": "",
     "_*": "_*",
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "pruning.*": "_* models* pruning.*",
     "loading": "_* models*",
     "evaluation": "_* models* data* loading",
-    "benchmarks*": ALL_BUT_CLI,
+    "benchmark*": ALL_BUT_CLI,
     "demo*": ALL_BUT_CLI,
     "cli*": "*",
     ".": ALL_BUT_CLI,

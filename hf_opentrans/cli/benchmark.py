@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import typer
 
+from hf_opentrans.benchmark_tables import fill_tables, latency_table, method_table
 from hf_opentrans.benchmarks import (
     BenchmarkData,
     MethodRow,
@@ -15,9 +16,8 @@ from hf_opentrans.benchmarks import (
     paired_latency,
     synthetic_towers,
 )
-from hf_opentrans.cli._common import app, command_line, err, guarded, save_json, show_table, shows_progress, usage
+from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
 from hf_opentrans.data.folder import SegmentationFolder
-from hf_opentrans.demo import latency_table, method_table
 from hf_opentrans.evaluation import folder_samples
 from hf_opentrans.loading import load_clip, load_segmenter
 from hf_opentrans.pruning.calibration import list_images
@@ -129,3 +129,17 @@ def benchmark_latency(
     rows = [r for size in batch for r in paired_latency(towers, batch_size=size, resolution=resolution, rounds=rounds)]
     show_table(latency_table(rows), title="Vision tower, paired interleaved runs")
     save_json(json_file, command_line(), {"seed": 0, "rows": [row.to_dict() for row in rows]})
+
+
+@benchmark_app.command("tables")
+@guarded
+def benchmark_tables(
+    files: Annotated[list[Path], typer.Argument(help="Markdown files with marked blocks.")],
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = Path("model_cards/results"),
+) -> None:
+    """Generate the tables in Markdown files from published results."""
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        filled = fill_tables(text, results)
+        path.write_text(filled, encoding="utf-8")
+        out.print(f"{path}: {'unchanged' if filled == text else 'updated'}")

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_opentrans._files import check_output_folder, write_folder
 from hf_opentrans._optional import require
+from hf_opentrans.benchmark_tables import latency_table, method_table
 from hf_opentrans.cli._common import (
     app,
     command_line,
@@ -25,7 +26,7 @@ from hf_opentrans.cli._common import (
 )
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.scenes import SceneGenerator, write_scenes
-from hf_opentrans.demo import latency_table, method_table, run_demo
+from hf_opentrans.demo import run_demo
 from hf_opentrans.evaluation import evaluate_segmentation, folder_samples
 from hf_opentrans.loading import embedded_folder, load_clip, load_segmenter
 from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES

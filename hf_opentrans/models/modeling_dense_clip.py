@@ -145,9 +145,9 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
         return cast("list[SparseCLIPEncoderLayer]", self.vision_model.encoder.layers)
 
     def _resolve_mode(self, mode: str | None, reduced: bool | None) -> tuple[str, bool]:
-        if mode is None:
-            mode = self.config.segmentation_mode
-            reduced = self.config.segmentation_reduced if reduced is None else reduced
+        mode = self.config.segmentation_mode if mode is None else mode
+        if reduced is None and mode == self.config.segmentation_mode:
+            reduced = self.config.segmentation_reduced
         if mode not in SEGMENTATION_MODES:
             raise ValueError(f"mode is {mode!r}. It must be one of {', '.join(SEGMENTATION_MODES)}.")
         return mode, _PUBLISHED_REDUCED[mode] if reduced is None else reduced

@@ -36,11 +36,21 @@ class OpenVocabularyProcessor(CLIPProcessor):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> "OpenVocabularyProcessor":
-        """Load image processor and tokenizer of a CLIP folder or Hub id. Needs no torchvision."""
+        """Load image processor and tokenizer of a CLIP folder or Hub id. Needs no torchvision.
+
+        Raises:
+            OSError: If a file of the processor is missing.
+        """
         source = pretrained_model_name_or_path
-        return cls(
-            CLIPImageProcessorPil.from_pretrained(source, **kwargs), AutoTokenizer.from_pretrained(source, **kwargs)
-        )
+        image_processor = CLIPImageProcessorPil.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        # Without its files transformers makes a tokenizer that knows no word, and says nothing.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise OSError(
+                f"There is no tokenizer in {str(source)!r}. It needs tokenizer.json, or vocab.json and merges.txt. "
+                "Save the processor into the folder."
+            )
+        return cls(image_processor, tokenizer)
 
     @property
     def resolution(self) -> int:

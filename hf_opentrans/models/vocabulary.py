@@ -29,7 +29,7 @@ class Vocabulary:
             the list that SCLIP and NACLIP use. None adds no class.
 
     Raises:
-        ValueError: If there is no class, a name is empty, or two classes share a name.
+        ValueError: If there is no class, a name is empty, or two classes have the same label (an alias may recur).
 
     Example:
         >>> Vocabulary(["cat", "sofa; couch"]).names

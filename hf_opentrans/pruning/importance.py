@@ -76,6 +76,12 @@ def output_metrics(
                 sums[key] += (rows.T @ rows).double()
         images += len(batch)
         on_batch()
+    for (layer, kind), total in sums.items():
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"The gradients behind the {kind} of layer {layer} are not finite. Pruning needs finite numbers. "
+                "Check the weights and the images."
+            )
     return {key: total / (images * probes) for key, total in sums.items()}
 
 

@@ -60,6 +60,7 @@ class PruningResult:
             self.report.save(target)
 
 
+@torch.inference_mode(mode=False)  # the probes need gradients, whatever mode the caller is in
 def prune_model(
     model: PrunableModel,
     images: Any,
@@ -105,7 +106,7 @@ def prune_model(
         rebuilt: dict[tuple[int, str], Rebuilt] = {}
         if config.method == "obs":
             rebuilt = run.time("rebuild", lambda: _rebuild(tower, small, plan, calibration, metrics, run))
-    small = small.to(dtype=next(model.parameters()).dtype)
+    small = small.to(next(model.parameters()).dtype)  # pyright: ignore[reportArgumentType]
     report = _report(tower, small, curves, removed, rebuilt, calibration, config, run.seconds)
     _record_origin(small, model, report)
     return PruningResult(small, _subnetwork(model, dense, small, plan, calibration, report), report)
@@ -146,8 +147,11 @@ def _fewest(tower: Tower, config: PruningConfig, layer: int, kind: str) -> int:
 def _probe(tower: Tower, calibration: Calibration, config: PruningConfig, run: "_Run") -> Metrics:
     batches = calibration.fit[: max(1, config.probe_images // config.batch_size)]
     # On CPUs the backward pass of fused attention takes two to three times as long as that of the plain one.
+    usual = cast("str", tower.vision.config._attn_implementation)
     tower.vision.set_attn_implementation("eager" if tower.vision.device.type == "cpu" else "sdpa")
-    return output_metrics(tower, batches, probes=config.probes, seed=config.seed, on_batch=run.step)
+    metrics = output_metrics(tower, batches, probes=config.probes, seed=config.seed, on_batch=run.step)
+    tower.vision.set_attn_implementation(usual)  # the smaller model inherits it
+    return metrics
 
 
 def _error_curves(

@@ -47,9 +47,10 @@ def test_plot_with_many_classes(classes):
     ids = torch.arange(classes).repeat_interleave(4).reshape(-1, 4)
     labels = tuple(f"a rather long name {'x' * i}" for i in range(classes))
     result = SegmentationResult(ids, torch.ones(ids.shape), labels)
-    sheet = result.plot(Image.new("L", (9, 9)))
+    plain, sheet = (result.plot(Image.new("L", (9, 9)), legend=legend) for legend in (False, True))
     assert sheet.mode == "RGB"
-    assert sheet.width > 320 * ids.shape[1] // max(ids.shape)
+    # The legend stands beside a picture, and below a wide one.
+    assert sheet.width * sheet.height > plain.width * plain.height
 
 
 def test_nothing_labelled():

@@ -120,7 +120,9 @@ def test_realised_cost_lies_in_the_tolerance_and_floors_hold(curves, keep, head)
 @given(curves=towers())
 def test_a_smaller_budget_never_costs_less_error(curves):
     neurons = [curve for curve in curves if curve.kind == "neurons"]
-    convex = [make_curve(c.layer, "neurons", sorted(b - a for a, b in itertools.pairwise(c.errors)), 40) for c in neurons]
+    convex = [
+        make_curve(c.layer, "neurons", sorted(b - a for a, b in itertools.pairwise(c.errors)), 40) for c in neurons
+    ]
     removed = [allocate(convex, make_budget(convex, keep / 20)) for keep in range(20, 2, -1)]
     for larger, smaller in itertools.pairwise(removed):
         assert error_of(larger, convex) <= error_of(smaller, convex)

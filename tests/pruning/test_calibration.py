@@ -184,7 +184,9 @@ def test_image_processor_decides_mean_and_deviation(tower):
 
 def test_too_few_tokens_raise_and_few_warn(tower):
     # The widest layer has 64 inputs, an image of 32 pixels 17 tokens: 65 tokens are the least, 640 are enough.
-    with pytest.raises(ValueError, match=r"3 calibration images give 51 tokens.*64 inputs.*at least 65. Give 4 images"):
+    with pytest.raises(
+        ValueError, match=r"3 calibration images give 51 tokens.*64 inputs.*at least 65. Give 4 images"
+    ):
         load_calibration(make_images(3), CONFIG, tower)
     with pytest.warns(UserWarning, match="37 calibration images give 629 tokens.*Use 38 images") as caught:
         calibration = load_calibration(make_images(37), CONFIG, tower)

@@ -1,6 +1,8 @@
 """Greedy removal against brute force, the output metric against an independent derivation, and the baselines."""
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_steps_of_several_neurons_keep_the_error_exact_at_their_ends(monkeypatch
     assert len(errors) == 28
     for removed in (5, 10, 15, 20, 25, 27):
         assert errors[removed] == pytest.approx(brute_force(*problem, order[:removed]), rel=1e-8)
-    assert all(a <= b for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(errors))
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
@@ -70,7 +72,7 @@ def test_steps_of_several_neurons_keep_the_error_exact_at_their_ends(monkeypatch
 def test_errors_start_at_zero_and_never_fall(group_size, seed):
     _, errors = greedy_removal(*make_problem(seed=seed), group_size=group_size, fewest=0)
     assert errors[0] == 0.0
-    assert all(a <= b for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(errors))
 
 
 def test_all_units_can_go_and_the_error_is_then_that_of_the_whole_output():
@@ -133,7 +135,7 @@ def derived_metrics(tower, batches, probes, seed):
     for batch in batches:
         shifts = {key: torch.zeros(len(batch), 17, 32, requires_grad=True) for key in tower.consumers}
         handles = [
-            module.register_forward_hook(lambda _m, _i, output, key=key: output + shifts[key])
+            module.register_forward_hook(lambda _m, _i, output, shift=shifts[key]: output + shift)
             for key, module in tower.consumers.items()
         ]
         tokens = tower.tokens(batch)
@@ -168,7 +170,8 @@ def test_metric_predicts_how_far_the_final_tokens_move(tiny_clip, key):
     mixing = 1e-2 * torch.randn(32, 32)
     with torch.no_grad():
         before = tower.tokens(pixels)
-        hook = tower.consumers[key].register_forward_hook(lambda _m, _i, y: y + torch.randn(y.shape) @ mixing)
+        module: Any = tower.consumers[key]
+        hook = module.register_forward_hook(lambda _m, _i, y: y + torch.randn(y.shape) @ mixing)
         moved = (tower.tokens(pixels) - before).square().sum(-1).mean(0)
         hook.remove()
     measured = float(moved[0] + moved[1:].mean())

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from hf_opentrans.pruning.surgery import to_sparse
 from hf_opentrans.pruning.tower import Tower
 
 KINDS = ["clip", "vision", "projection", "sparse_clip", "sparse_vision", "sparse_projection", "segmenter"]
-FREE = {"protect_last_attention": False}
+FREE: dict[str, Any] = {"protect_last_attention": False}
 
 
 def make_images(count=40, seed=0):
@@ -52,15 +53,15 @@ def make_model(tiny_clip):
         if kind in ("vision", "projection"):
             config = tiny_clip.config.vision_config
             model = (CLIPVisionModel if kind == "vision" else CLIPVisionModelWithProjection)(config)
-            vision = model if kind == "vision" else model.vision_model
+            vision: Any = model if kind == "vision" else model.vision_model
             vision.load_state_dict(tiny_clip.vision_model.state_dict())
             if kind == "projection":
-                model.visual_projection.load_state_dict(tiny_clip.visual_projection.state_dict())
+                cast("Any", model).visual_projection.load_state_dict(tiny_clip.visual_projection.state_dict())
             return model.eval()
         if kind.startswith("sparse"):
             return to_sparse(make(kind.removeprefix("sparse_")))
         if kind == "segmenter":
-            sparse = to_sparse(tiny_clip)
+            sparse: Any = to_sparse(tiny_clip)
             model = DenseCLIPForSegmentation(sparse.config)
             model.load_state_dict(sparse.state_dict())
             return model.eval()
@@ -96,9 +97,10 @@ def test_realised_share_lies_in_the_tolerance(tiny_clip, images, keep, method, u
     report = result.report
     assert keep - 0.02 <= report.realised_keep <= keep
     assert report.realised_keep == getattr(report, unit) / getattr(report, f"dense_{unit}")
-    vision, projection = result.model.vision_model, result.model.visual_projection
-    assert report.params == sum(p.numel() for p in (*vision.parameters(), *projection.parameters()))
-    for layer, built in zip(report.layers, vision.encoder.layers, strict=True):
+    tower = Tower.of(result.model)
+    parameters = [*tower.vision.parameters(), *cast("torch.nn.Linear", tower.projection).parameters()]
+    assert report.params == sum(p.numel() for p in parameters)
+    for layer, built in zip(report.layers, tower.layers, strict=True):
         assert (layer.heads, layer.neurons) == (built.self_attn.num_heads, built.mlp.fc1.out_features)
         assert layer.heads >= 1
         assert layer.neurons >= 7  # a tenth of 64, rounded up
@@ -164,6 +166,15 @@ def test_keep_one_is_bit_identical(make_model, images, kind, method):
     assert all(torch.equal(state[name], tensor) for name, tensor in to_sparse(model).state_dict().items())
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(tokens(result.model, pixels), tokens(model, pixels))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["vision", "clip"])
+def test_attention_implementation_stays(make_model, images, kind, implementation):
+    model = make_model(kind)
+    model.set_attn_implementation(implementation)
+    result = prune_model(model, images, PruningConfig(keep=0.8))
+    assert Tower.of(result.model).vision.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("keep", [0.8, 0.6])
@@ -273,7 +284,7 @@ def test_activations_that_overflow_raise_a_clear_error(tiny_clip, images, layer)
 
 def test_models_without_a_vision_tower_raise(tiny_clip, images):
     text = CLIPTextModel(tiny_clip.config.text_config)
-    with pytest.raises(TypeError, match="CLIPTextModel. Pruning needs a CLIP vision tower"):
+    with pytest.raises(TypeError, match=r"CLIPTextModel\. Pruning needs a CLIP vision tower"):
         prune_model(text, images)  # pyright: ignore[reportArgumentType]
 
 
@@ -296,8 +307,11 @@ def test_half_precision_stays_half_precision(tmp_path, tiny_clip, images):
 def test_pruning_works_without_gradients_and_in_inference_mode(tiny_clip, images):
     config = PruningConfig(keep=0.7)
     expected = fingerprint(prune_model(tiny_clip, images, config).model)
-    with torch.no_grad():
-        assert fingerprint(prune_model(tiny_clip, images, config).model) == expected
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            result = prune_model(tiny_clip, images, config)
+        assert fingerprint(result.model) == expected
+        assert not any(parameter.is_inference() for parameter in result.model.parameters())
 
 
 def test_few_images_warn_and_the_report_says_so(tiny_clip):

@@ -101,7 +101,9 @@ def test_moment_about_a_point_is_the_mean_square_of_the_differences():
     torch.testing.assert_close(statistics.moment_about(statistics.mean), statistics.covariance)
 
 
-@pytest.mark.parametrize("read", [lambda s: s.mean, lambda s: s.covariance, lambda s: s.moment_about(torch.zeros(DIM))])
+@pytest.mark.parametrize(
+    "read", [lambda s: s.mean, lambda s: s.covariance, lambda s: s.moment_about(torch.zeros(DIM))]
+)
 def test_statistics_without_rows_raise(read):
     with pytest.raises(ValueError, match="hold no rows"):
         read(CovarianceStatistics(DIM))
