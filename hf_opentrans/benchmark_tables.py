@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->
 
 def method_table(rows: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the comparison, for Markdown and for the terminal."""
-    header = ["model", "MACs", "params", "fp32 size", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc"]
+    header = ["model", "MACs", "params", "size", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc"]
     cells = []
     for row in rows:
         share = f" ({row.macs / rows[0].macs:.1%})" if row is not rows[0] else ""

@@ -4,7 +4,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,13 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hf_opentrans._files import folder_bytes
-from hf_opentrans.evaluation import Fidelity, evaluate_segmentation, fidelity, zero_shot_accuracy
+from hf_opentrans.evaluation import (
+    FidelityReference,
+    center_crops,
+    evaluate_segmentation,
+    native_side,
+    zero_shot_accuracy,
+)
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.pruning.macs import count_macs, count_params
@@ -115,7 +121,11 @@ def compare_methods(
         on_row: Called with every row as soon as it is done.
         progress: Whether pruning shows a progress bar.
     """
-    rows = [Compared(_measure("dense", 1.0, dense, dense, processor, data, None), dense)]
+    reference = None
+    if data.fidelity_images:
+        side = data.resolution or native_side(dense)
+        reference = FidelityReference.of(dense, center_crops(data.fidelity_images, processor.image_processor, side))
+    rows = [Compared(_measure("dense", 1.0, dense, processor, data, reference), dense)]
     on_row(rows[0].row)
     for config in configs:
         result = prune_model(
@@ -124,8 +134,8 @@ def compare_methods(
         model = result.model
         if not isinstance(model, DenseCLIPForSegmentation):
             raise TypeError(f"Pruning made a {type(model).__name__} of a segmenter. Pass a DenseCLIPForSegmentation.")
-        seconds = result.report.seconds["total"]
-        row = _measure(config.method, config.keep, model.eval(), dense, processor, data, seconds)
+        row = _measure(config.method, config.keep, model.eval(), processor, data, reference)
+        row = replace(row, seconds=result.report.seconds["total"])
         rows.append(Compared(row, model, result))
         on_row(row)
     return rows
@@ -135,17 +145,14 @@ def _measure(
     method: str,
     keep: float,
     model: DenseCLIPForSegmentation,
-    dense: DenseCLIPForSegmentation,
     processor: OpenVocabularyProcessor,
     data: BenchmarkData,
-    seconds: float | None,
+    reference: FidelityReference | None,
 ) -> MethodRow:
     vision = cast("CLIPVisionConfig", model.config.vision_config)
     values: dict[str, Any] = {}
-    if data.fidelity_images:
-        measured: Fidelity = fidelity(
-            model, dense, data.fidelity_images, image_processor=processor.image_processor, resolution=data.resolution
-        )
+    if reference is not None:
+        measured = reference.compare(model)
         values = {"class_token_cosine": measured.class_token, "patch_token_cosine": measured.patch_tokens}
     if data.classification:
         values["top1"] = zero_shot_accuracy(
@@ -166,7 +173,6 @@ def _measure(
         macs=count_macs(vision, resolution=data.resolution),
         params=count_params(vision),
         bytes=tower_bytes(model),
-        seconds=seconds,
         **values,
     )
 

@@ -90,7 +90,7 @@ def run_demo(
     on_stage("Timing dense and pruned in turn")
     ours = compared[1]
     towers = {"dense": model.vision_model, "ours": ours.model.vision_model}
-    latency = [row for batch in (1, 8) for row in paired_latency(towers, batch_size=batch)]
+    latency = [row for batch in (1, 8) for row in paired_latency(towers, batch_size=batch, rounds=9)]
     on_stage(f"Writing {output}")
     with write_folder(output, marker=REPORT_FILE) as folder:
         _save_model(ours, processor, folder / MODEL_FOLDER)

@@ -91,12 +91,36 @@ def fidelity(
         batch_size: Images per pass.
     """
     pixels = center_crops(images, image_processor, resolution or native_side(dense))
-    sums = torch.zeros(2, dtype=torch.float64)
-    for batch in pixels.split(batch_size):
-        (class_a, patch_a), (class_b, patch_b) = (projected_tokens(m, batch) for m in (model, dense))
-        sums[0] += (class_a * class_b).sum(-1).double().sum()
-        sums[1] += (patch_a * patch_b).sum(-1).double().mean(1).sum()
-    return Fidelity(*(sums / len(pixels)).tolist(), images=len(pixels))
+    reference = FidelityReference.of(dense, pixels, batch_size)
+    return reference.compare(model)
+
+
+@dataclass(frozen=True)
+class FidelityReference:
+    """The dense model's tokens of some images, to compare several models with.
+
+    Args:
+        batches: Pixel values and unit tokens (class token, patch tokens) of every batch.
+    """
+
+    batches: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, dense: DenseCLIPForSegmentation, pixels: torch.Tensor, batch_size: int = 16) -> "FidelityReference":
+        """Run the dense model on pixel values of shape `(images, 3, side, side)`."""
+        return cls(tuple((batch, *projected_tokens(dense, batch)) for batch in pixels.split(batch_size)))
+
+    @torch.inference_mode()
+    def compare(self, model: DenseCLIPForSegmentation) -> Fidelity:
+        """Return the mean cosines of a model's tokens to these."""
+        sums, images = torch.zeros(2, dtype=torch.float64), 0
+        for pixels, class_token, patch_tokens in self.batches:
+            own_class, own_patches = projected_tokens(model, pixels)
+            sums[0] += (own_class * class_token).sum(-1).double().sum()
+            sums[1] += (own_patches * patch_tokens).sum(-1).double().mean(1).sum()
+            images += len(pixels)
+        return Fidelity(*(sums / images).tolist(), images=images)
 
 
 def center_crops(images: Iterable[ImageInput], image_processor: Any, side: int) -> torch.Tensor:

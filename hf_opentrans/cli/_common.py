@@ -101,7 +101,7 @@ def show_table(table: tuple[list[str], list[list[str]]], title: str | None = Non
     header, cells = table
     drawn = Table()
     for index, name in enumerate(header):
-        drawn.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        drawn.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
     for line in cells:
         drawn.add_row(*(escape(cell) for cell in line))
     if title is not None:

@@ -47,7 +47,7 @@ class PruningConfig:
     min_heads: int = 1
     min_neurons: float = 0.1
     protect_last_attention: bool = True
-    probes: int = 2
+    probes: int = 1
     probe_images: int = 64
     held_out: float = 0.2
 
