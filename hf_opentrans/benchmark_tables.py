@@ -14,14 +14,14 @@ _BLOCK = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->
 
 def method_table(rows: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the comparison, for Markdown and for the terminal."""
-    header = ["model", "MACs", "params", "size", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc"]
+    header = ["model", "MACs", "kept", "params", "size", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc"]
     cells = []
     for row in rows:
-        share = f" ({row.macs / rows[0].macs:.1%})" if row is not rows[0] else ""
         cells.append(
             [
                 "ours" if row.method == "obs" else row.method,
-                f"{row.macs / 1e6:,.0f} M{share}",
+                f"{row.macs / 1e6:,.0f} M",
+                f"{row.macs / rows[0].macs:.1%}",
                 f"{row.params / 1e6:.2f} M",
                 f"{row.bytes / 1e6:.1f} MB",
                 _number(row.class_token_cosine),

@@ -33,7 +33,7 @@ from hf_opentrans.pruning.plan import PruningConfig
 
 REPORT_FILE, JSON_FILE, PICTURE_FILE, MODEL_FOLDER = "report.md", "report.json", "demo.png", "clip-scenes-pruned"
 CREDIT = "Drawings: OpenMoji, CC BY-SA 4.0. Backdrops: photographs of scikit-image, public domain or CC0."
-CALIBRATION_SCENES, TEST_SCENES, VOCABULARY_SIZE = 256, 100, 40
+CALIBRATION_SCENES, TEST_SCENES, VOCABULARY_SIZE = 160, 100, 40
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+# Rich assumes 80 columns where nobody watches: too few for the tables of a log.
+LOG_WIDTH = None if sys.stdout.isatty() else 120
+out, err = Console(width=LOG_WIDTH), Console(stderr=True)
 
 
 def repeat_options(arguments: list[str]) -> list[str]:
@@ -99,7 +102,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def show_table(table: tuple[list[str], list[list[str]]], title: str | None = None) -> None:
     """Print header and cells."""
     header, cells = table
-    drawn = Table()
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for index, name in enumerate(header):
         drawn.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
     for line in cells:
