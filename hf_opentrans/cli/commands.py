@@ -38,7 +38,6 @@ from hf_opentrans.pruning.macs import TowerCost, layer_widths
 from hf_opentrans.pruning.plan import METHODS, UNITS, PruningConfig
 from hf_opentrans.pruning.prune import make_budget, prune_model
 from hf_opentrans.pruning.report import REPORT_FILE, PruningReport
-from hf_opentrans.pruning.surgery import to_sparse
 from hf_opentrans.pruning.tower import Tower
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a CLIP model, or 'clip-scenes' (shipped).")]
@@ -102,7 +101,7 @@ def prune(
     check_output_folder(output, marker=REPORT_FILE)
     loaded = load_clip(model)
     with usage():
-        make_budget(Tower.of(to_sparse(loaded.model)), config)
+        make_budget(Tower.of(loaded.model), config)
     result = prune_model(
         loaded.model, images, config, image_processor=loaded.image_processor, progress=shows_progress()
     )

@@ -162,7 +162,7 @@ def _check_tokens(tokens: int, widest: int, images: int) -> tuple[str, ...]:
         f"{images} calibration images give {tokens} tokens for layers of up to {widest} inputs. Fewer than "
         f"{ROWS_PER_COLUMN} tokens per input make the compensation noisy. Use {enough} images or more."
     )
-    warnings.warn(note, UserWarning, stacklevel=4)
+    warnings.warn(note, UserWarning, stacklevel=5)  # the line that called prune_model
     return (note,)
 
 

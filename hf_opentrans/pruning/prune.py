@@ -23,6 +23,7 @@ from .surgery import PrunableModel, slice_model, to_sparse, unit_columns
 from .tower import SparseModel, Tower
 
 SUBNETWORK_FOLDER = "subnetwork"
+PROBE_BATCH = 8
 Metrics = dict[tuple[int, str], torch.Tensor]
 
 
@@ -145,7 +146,9 @@ def _fewest(tower: Tower, config: PruningConfig, layer: int, kind: str) -> int:
 
 
 def _probe(tower: Tower, calibration: Calibration, config: PruningConfig, run: "_Run") -> Metrics:
-    batches = calibration.fit[: max(1, config.probe_images // config.batch_size)]
+    # Gradients keep the activations of all layers: small batches bound the memory.
+    images = torch.cat(calibration.fit[: -(-config.probe_images // config.batch_size)])[: config.probe_images]
+    batches = images.split(min(config.batch_size, PROBE_BATCH))
     # On CPUs the backward pass of fused attention takes two to three times as long as that of the plain one.
     usual = cast("str", tower.vision.config._attn_implementation)
     tower.vision.set_attn_implementation("eager" if tower.vision.device.type == "cpu" else "sdpa")
@@ -326,7 +329,8 @@ def _subnetwork(
         tensors={key: value.detach().clone() for key, value in tower.named_tensors().items()},
         base_model=name,
         base_revision=revision,
-        source_hashes=hash_tensors(to_sparse(model)),
+        # Another precision than float32 has other bytes than the working copy.
+        source_hashes=hash_tensors(dense if next(model.parameters()).dtype == torch.float32 else to_sparse(model)),
         calibration={
             "fingerprint": calibration.fingerprint,
             "num_images": report.calibration_images,
