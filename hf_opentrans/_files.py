@@ -66,7 +66,7 @@ def write_folder(folder: str | Path, *, marker: str) -> Iterator[Path]:
             ) from err
         raise
     finally:
-        if previous is not None and path.exists():  # never the only copy
+        if previous is not None and path.exists():  # once more, after an interrupt; never the only copy
             shutil.rmtree(previous, ignore_errors=True)
 
 

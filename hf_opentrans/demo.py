@@ -24,7 +24,7 @@ from hf_opentrans.benchmarks import (
     paired_latency,
 )
 from hf_opentrans.data.scenes import Scene, SceneGenerator
-from hf_opentrans.loading import embedded_folder, load_segmenter
+from hf_opentrans.loading import embedded_folder, embedded_names, load_segmenter
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.models.segmentation_result import class_colour
@@ -116,12 +116,11 @@ def run_demo(
 
 def _draw(seed: int) -> tuple[tuple[str, ...], list[Scene], list[Scene]]:
     """Return 40 seen names, calibration scenes of all seen names, and test scenes of the 40."""
-    listed = json.loads((embedded_folder() / "names.json").read_text(encoding="utf-8"))
-    textures = listed["textures"]
-    objects = [name for name in listed["seen"] if name not in (*textures, *NOT_SHOWN)]
+    seen, textures = embedded_names()
+    objects = [name for name in seen if name not in NOT_SHOWN]
     picked = np.random.default_rng(seed).choice(len(objects), VOCABULARY_SIZE - len(textures), replace=False)
     names = (*(objects[i] for i in sorted(picked)), *textures)
-    calibration = SceneGenerator(listed["seen"], seed=2 * seed + 1).scenes(CALIBRATION_SCENES)
+    calibration = SceneGenerator((*seen, *textures), seed=2 * seed + 1).scenes(CALIBRATION_SCENES)
     return names, calibration, SceneGenerator(names, seed=2 * seed + 2).scenes(TEST_SCENES)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU, SegmentationScores
-from hf_opentrans.models.image_loading import ImageInput, load_rgb
+from hf_opentrans.models.image_loading import ImageInput, center_crop, load_rgb
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.models.segmenting import segment
@@ -125,8 +125,7 @@ class FidelityReference:
 
 def center_crops(images: Iterable[ImageInput], image_processor: Any, side: int) -> torch.Tensor:
     """Return pixel values of shape `(images, 3, side, side)`."""
-    options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "return_tensors": "pt"}
-    return torch.stack([image_processor(load_rgb(image), **options)["pixel_values"][0] for image in images])
+    return torch.stack([center_crop(image, image_processor, side) for image in images])
 
 
 def native_side(model: DenseCLIPForSegmentation) -> int:

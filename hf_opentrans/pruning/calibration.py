@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import CLIPImageProcessorPil
 
-from hf_opentrans.models.image_loading import IMAGE_SUFFIXES, load_rgb
+from hf_opentrans.models.image_loading import IMAGE_SUFFIXES, center_crop
 
 from .plan import PruningConfig
 from .statistics import CovarianceStatistics
@@ -123,29 +123,18 @@ def load_calibration(
     # The controls read no statistics: any number of images will do for them.
     notes = _check_tokens(tokens, widest, len(chosen)) if config.method == "obs" else ()
     processor = image_processor or CLIPImageProcessorPil()
-    options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "return_tensors": "pt"}
     pixels = []
     for index in chosen:
         item = found[index]
         image = item.dataset[item.index][item.column] if isinstance(item, _Row) else item
         image = image.get("image", image) if isinstance(image, dict) else image
-        pixels.append(processor(_at_least_one_crop(load_rgb(image), side), **options)["pixel_values"][0])
+        pixels.append(center_crop(image, processor, side))
         on_image()
     held = max(1, round(len(pixels) * config.held_out)) if len(pixels) > 1 else 0
     stacked = torch.stack(pixels)
     digest = hashlib.sha256(stacked.numpy().tobytes()).hexdigest()
     fit, held_out = stacked[held:].split(config.batch_size), stacked[: held or 1].split(config.batch_size)
     return Calibration(fit, held_out, digest, len(pixels), notes)
-
-
-def _at_least_one_crop(image: Any, side: int) -> Any:
-    """Cut very long pictures to three squares: resizing their short side would make them huge for one crop."""
-    short, long = min(image.size), max(image.size)
-    if long <= 3 * short:
-        return image
-    half = (long - 3 * short) // 2
-    box = (half, 0, long - half, image.height) if image.width == long else (0, half, image.width, long - half)
-    return image.crop(box)
 
 
 def _check_tokens(tokens: int, widest: int, images: int) -> tuple[str, ...]:

@@ -93,8 +93,9 @@ def prune_model(
     check_finite(dense.state_dict())
     tower = Tower.of(dense)
     budget = make_budget(tower, config)
-    with _Run(tower, config, images, progress) as run:
-        calibration = load_calibration(images, config, tower, image_processor, run.step)
+    found = list_images(images)
+    with _Run(tower, config, len(found), progress) as run:
+        calibration = load_calibration(found, config, tower, image_processor, run.step)
         if config.method == "obs":
             metrics = run.time("probes", lambda: _probe(tower, calibration, config, run))
             curves = run.time("curves", lambda: _error_curves(tower, calibration, metrics, config, run))
@@ -216,8 +217,8 @@ def _rebuild(
 class _Run:
     """Progress bar and wall times of one call."""
 
-    def __init__(self, tower: Tower, config: PruningConfig, images: Any, progress: bool) -> None:
-        count = min(config.num_images, len(list_images(images))) if hasattr(images, "__len__") else config.num_images
+    def __init__(self, tower: Tower, config: PruningConfig, images: int, progress: bool) -> None:
+        count = min(config.num_images, images)
         batches = -(-count // config.batch_size) + 1
         passes = 2 * len(tower.layers) + 1 if config.method == "obs" else 0
         self.bar = tqdm(total=count + passes * batches, desc="Pruning", unit="step", disable=not progress, leave=False)
