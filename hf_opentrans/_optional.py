@@ -3,6 +3,7 @@
 import importlib
 
 _PURPOSES = {
+    "bench": "comparing with other pruners",
     "demo": "drawing the demonstration scenes",
     "onnx": "the ONNX export",
     "peft": "LoRA fine-tuning",

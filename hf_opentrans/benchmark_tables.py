@@ -2,40 +2,121 @@
 
 import json
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_opentrans.benchmarks import LatencyRow, MethodRow
 
+Table = tuple[list[str], list[list[str]]]
 # A published table stands between these lines; the first names the file that it is generated from.
 _BLOCK = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def method_table(rows: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells of the comparison, for Markdown and for the terminal."""
-    header = ["model", "MACs", "kept", "params", "size", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc"]
-    cells = []
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one method and budget that differ in their seed alone.
+
+    Args:
+        method, variant, keep: Of all of them.
+        seeds: How many there are.
+        mean: Mean of every figure by field of `MethodRow`; None where it was not measured.
+        lowest, highest: Smallest and largest of every figure.
+    """
+
+    method: str
+    variant: str
+    keep: float
+    seeds: int
+    mean: dict[str, float | None]
+    lowest: dict[str, float | None]
+    highest: dict[str, float | None]
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        return self.variant or ("ours" if self.method == "obs" else self.method)
+
+    def spread(self, name: str) -> float | None:
+        """Return half the range over the seeds; None for one seed or where the figure was not measured."""
+        low, high = self.lowest[name], self.highest[name]
+        return None if self.seeds < 2 or low is None or high is None else (high - low) / 2
+
+
+def summarise(rows: Sequence[MethodRow]) -> list[Summary]:
+    """Combine the rows that differ in their seed: the dense model, then budget by budget, largest first, ours on top.
+
+    Otherwise methods and variants keep the order of the rows.
+    """
+    groups: dict[tuple[str, str, float], list[MethodRow]] = {}
     for row in rows:
-        cells.append(
-            [
-                "ours" if row.method == "obs" else row.method,
-                f"{row.macs / 1e6:,.0f} M",
-                f"{row.macs / rows[0].macs:.1%}",
-                f"{row.params / 1e6:.2f} M",
-                f"{row.bytes / 1e6:.1f} MB",
-                _number(row.class_token_cosine),
-                _number(row.patch_token_cosine),
-                _percent(row.top1),
-                _percent(row.mean_iou),
-                _percent(row.pixel_accuracy),
-            ]
-        )
-    measured = [i for i in range(len(header)) if any(line[i] != "-" for line in cells)]
-    return [header[i] for i in measured], [[line[i] for i in measured] for line in cells]
+        groups.setdefault((row.method, row.variant, row.keep), []).append(row)
+    order = sorted(groups, key=lambda key: (key[0] != "dense", -key[2], key[0] != "obs"))
+    return [_summary(groups[key]) for key in order]
 
 
-def latency_table(rows: Sequence[LatencyRow]) -> tuple[list[str], list[list[str]]]:
+def _summary(rows: list[MethodRow]) -> Summary:
+    first, found = rows[0], [row.to_dict() for row in rows]
+    names = [name for name in found[0] if name not in {"method", "variant", "keep", "seed"}]
+    values = {name: [row[name] for row in found if row[name] is not None] for name in names}
+
+    def each(combine: Callable[[list[float]], float]) -> dict[str, float | None]:
+        return {name: combine(measured) if measured else None for name, measured in values.items()}
+
+    return Summary(first.method, first.variant, first.keep, len(rows), each(statistics.fmean), each(min), each(max))
+
+
+# What a model can do, and what it costs: the whole table is wider than a terminal.
+QUALITY = ("model", "keep", "MACs", "CLS cos", "patch cos", "top-1", "mIoU", "pixAcc")
+COST = ("model", "keep", "MACs", "speed-up", "params / size", "time", "memory", "predicted", "realised")
+
+
+def method_table(rows: Sequence[MethodRow], columns: Sequence[str] | None = None) -> Table:
+    """Return header and cells of the comparison, for Markdown and for the terminal.
+
+    Rows that differ in their seed become one line: the mean, and "±" half the range over the seeds. Columns that were
+    never measured are left out.
+
+    Args:
+        rows: The rows.
+        columns: Which columns, for example `QUALITY`. Defaults to all.
+    """
+    lines = [_cells(summary, any(row.variant for row in rows)) for summary in summarise(rows)]
+    names = [name for name in lines[0] if columns is None or name in columns] if lines else []
+    shown = [name for name in names if any(line[name] != "-" for line in lines)]
+    return shown, [[line[name] for name in shown] for line in lines]
+
+
+def _cells(summary: Summary, is_ablation: bool) -> dict[str, str]:
+    def show(name: str, form: str, unit: str = "", scale: float = 1.0, spread: str | None = None) -> str:
+        value, half = summary.mean[name], summary.spread(name)
+        if value is None:
+            return "-"
+        around = "" if half is None or spread is None else f" ± {half * scale:{spread}}"
+        return f"{value * scale:{form}}{unit}{around}"
+
+    nominal = show("nominal_macs", ",.0f", " M", 1e-6)
+    return {
+        "model": summary.label,
+        "keep": f"{summary.keep:g}",
+        "MACs": show("macs", ",.0f", " M", 1e-6) + (f" (nominal {nominal})" if nominal != "-" else ""),
+        "speed-up": show("speed_up", ".2f", "x", spread=".2f"),
+        "params / size": f"{show('params', '.2f', ' M', 1e-6)} / {show('bytes', '.1f', ' MB', 1e-6)}",
+        "CLS cos": show("class_token_cosine", ".4f", spread=".4f"),
+        "patch cos": show("patch_token_cosine", ".4f", spread=".4f"),
+        "top-1": show("top1", ".1f", "%", 100, ".1f"),
+        "mIoU": show("mean_iou", ".1f", "%", 100, ".1f"),
+        "pixAcc": show("pixel_accuracy", ".1f", "%", 100, ".1f"),
+        "predicted": show("predicted_error", ".3g") if is_ablation else "-",
+        "realised": show("realised_error", ".3g") if is_ablation else "-",
+        "time": show("seconds", ".1f", " s"),
+        "memory": show("peak_memory_mib", ",.0f", " MiB"),
+    }
+
+
+def latency_table(rows: Sequence[LatencyRow]) -> Table:
     """Return header and cells of paired latencies."""
     header = ["model", "batch", "px", "median", "speed-up (range)", "MACs", "of MACs"]
     cells = [
@@ -53,19 +134,11 @@ def latency_table(rows: Sequence[LatencyRow]) -> tuple[list[str], list[list[str]
     return header, cells
 
 
-def markdown_table(table: tuple[list[str], list[list[str]]]) -> str:
+def markdown_table(table: Table) -> str:
     """Format header and cells as a Markdown table."""
     header, cells = table
     lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def result_table(values: dict[str, Any]) -> str:
@@ -78,13 +151,35 @@ def result_table(values: dict[str, Any]) -> str:
     machine = values.get("environment", {})
     versions = machine.get("versions", {})
     stack = f"{machine.get('threads')} threads, {machine.get('processor')}, torch {versions.get('torch')}"
+    notes: list[str] = []
     if "method" in rows[0]:
-        table = method_table([MethodRow(**row) for row in rows])
+        methods = [MethodRow(**row) for row in rows]
+        table, notes = method_table(methods), method_notes(methods, values.get("skipped", ()))
     elif "speed_up" in rows[0]:
         table = latency_table([LatencyRow(**row) for row in rows])
     else:
         raise ValueError("The file holds no rows of a benchmark. Write it with `hf-opentrans benchmark ... --json`.")
-    return f"{markdown_table(table)}\n\nMeasured by `{values['command']}` ({stack}).\n"
+    said = "".join(f"{note}\n\n" for note in notes)
+    return f"{markdown_table(table)}\n\n{said}Measured by `{values['command']}` ({stack}).\n"
+
+
+def method_notes(rows: Sequence[MethodRow], skipped: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Return the sentences that belong under a comparison: what "±" and "nominal" mean, and which runs are missing.
+
+    Args:
+        rows: The rows.
+        skipped: Runs that gave no model: method, variant, keep, seed, reason.
+    """
+    summaries, notes = summarise(rows), []
+    counts = sorted({summary.seeds for summary in summaries if summary.method != "dense"})
+    if counts and counts[-1] > 1:
+        many = str(counts[-1]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        notes.append(f"Means over {many} seeds; ± is half their range.")
+    if any(summary.mean["nominal_macs"] is not None for summary in summaries):
+        notes.append("Nominal MACs leave out zero weights, which cost as much time as others.")
+    reasons = {(run["variant"] or run["method"], run["keep"]): run["reason"] for run in skipped}
+    notes += [f"Not run: {name} at keep {keep:g}. {reason}" for (name, keep), reason in reasons.items()]
+    return notes
 
 
 def fill_tables(text: str, results: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hf_opentrans._files import folder_bytes
+from hf_opentrans.benchmark_memory import PeakMemory
 from hf_opentrans.evaluation import (
     FidelityReference,
     center_crops,
@@ -62,12 +63,21 @@ class MethodRow:
     Args:
         method: Name of the method; "dense" for the model itself.
         keep: Budget that was asked for; 1 for the dense model.
-        macs, params: Of the vision tower at the benchmark's resolution.
+        macs, params: Of the vision tower at the benchmark's resolution, as it really runs.
         bytes: Of the vision tower's weights on disk (safetensors).
         class_token_cosine, patch_token_cosine: Mean cosine to the dense model.
         top1: Zero-shot accuracy.
         mean_iou, pixel_accuracy: Of segmentation.
         seconds: Wall time of pruning.
+        variant: Name of the changed configuration in an ablation; "" for the method as it is.
+        seed: Of the pruning; None for the dense model.
+        nominal_macs: MACs without those of zero weights, for methods that leave the model as large as it was.
+        latency_ms: Median time of the vision tower for one image, in milliseconds.
+        speed_up: Dense time / this model's time, median of paired rounds.
+        peak_memory_mib: Largest memory while pruning, in MiB: of the process, or of the tensors on an accelerator.
+        predicted_error, realised_error: Squared change of the tokens on held-out images, as pruning predicted it and
+            as it turned out.
+        measuring_seconds: Wall time of measuring all this.
     """
 
     method: str
@@ -81,10 +91,27 @@ class MethodRow:
     mean_iou: float | None = None
     pixel_accuracy: float | None = None
     seconds: float | None = None
+    variant: str = ""
+    seed: int | None = None
+    nominal_macs: int | None = None
+    latency_ms: float | None = None
+    speed_up: float | None = None
+    peak_memory_mib: float | None = None
+    predicted_error: float | None = None
+    realised_error: float | None = None
+    measuring_seconds: float | None = None
+
+    @property
+    def key(self) -> "RunKey":
+        """What tells this row from the others of its file: method, variant, keep and seed."""
+        return self.method, self.variant, self.keep, self.seed
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary."""
         return asdict(self)
+
+
+RunKey = tuple[str, str, float, int | None]
 
 
 @dataclass(frozen=True)
@@ -102,6 +129,125 @@ class Compared:
     result: PruningResult | None = None
 
 
+@dataclass(frozen=True)
+class Harness:
+    """The one way in which all models of a comparison are pruned and measured.
+
+    Args:
+        dense: The model.
+        processor: Its processor.
+        data: What to measure on.
+        reference: Tokens of the dense model; None where there are no images for them.
+        latency_rounds: Paired rounds of the latency against the dense tower, one image at a time; 0 leaves it out.
+    """
+
+    dense: DenseCLIPForSegmentation
+    processor: OpenVocabularyProcessor
+    data: BenchmarkData
+    reference: FidelityReference | None = None
+    latency_rounds: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        dense: DenseCLIPForSegmentation,
+        processor: OpenVocabularyProcessor,
+        data: BenchmarkData,
+        *,
+        latency_rounds: int = 0,
+    ) -> "Harness":
+        """Run the dense model once where the others are compared with its tokens."""
+        reference = None
+        if data.fidelity_images:
+            side = data.resolution or native_side(dense)
+            pixels = center_crops(data.fidelity_images, processor.image_processor, side)
+            reference = FidelityReference.of(dense, pixels)
+        return cls(dense, processor, data, reference, latency_rounds)
+
+    def measure_dense(self) -> Compared:
+        """Measure the dense model."""
+        row = self.measure("dense", 1.0, self.dense)
+        # Timed against itself it is 1 but for noise.
+        return Compared(replace(row, speed_up=None if row.speed_up is None else 1.0), self.dense)
+
+    def prune(self, config: PruningConfig, *, progress: bool = False) -> tuple[PruningResult, float | None]:
+        """Prune the dense model and return the result with the peak of the memory in MiB.
+
+        Raises:
+            ValueError: If the budget cannot be met.
+            ImportError: If the method needs a package that is not installed.
+        """
+        with PeakMemory(self.dense.device) as memory:
+            result = prune_model(
+                self.dense,
+                self.data.calibration,
+                config,
+                image_processor=self.processor.image_processor,
+                progress=progress,
+            )
+        return result, memory.mib
+
+    def measure_pruned(
+        self, result: PruningResult, config: PruningConfig, peak_memory_mib: float | None, variant: str = ""
+    ) -> Compared:
+        """Measure what `prune` returned.
+
+        Raises:
+            TypeError: If pruning changed the kind of the model.
+        """
+        model, report = result.model, result.report
+        if not isinstance(model, DenseCLIPForSegmentation):
+            raise TypeError(f"Pruning made a {type(model).__name__} of a segmenter. Pass a DenseCLIPForSegmentation.")
+        row = replace(
+            self.measure(config.method, config.keep, model.eval()),
+            variant=variant,
+            seed=config.seed,
+            seconds=report.seconds["total"],
+            nominal_macs=report.nominal_macs,
+            peak_memory_mib=peak_memory_mib,
+            predicted_error=report.predicted_error,
+            realised_error=report.realised_error,
+        )
+        return Compared(row, model, result)
+
+    def measure(self, method: str, keep: float, model: DenseCLIPForSegmentation) -> MethodRow:
+        """Measure everything that there is data for."""
+        start = time.perf_counter()
+        vision, data = cast("CLIPVisionConfig", model.config.vision_config), self.data
+        values: dict[str, Any] = {}
+        if self.reference is not None:
+            measured = self.reference.compare(model)
+            values = {"class_token_cosine": measured.class_token, "patch_token_cosine": measured.patch_tokens}
+        if data.classification:
+            values["top1"] = zero_shot_accuracy(
+                model,
+                self.processor,
+                data.classification,
+                data.classification_targets,
+                data.classification_names,
+                resolution=data.resolution,
+            )
+        if data.segmentation:
+            options = data.segmentation_options or {}
+            scores = evaluate_segmentation(
+                model, self.processor, data.segmentation, data.segmentation_names, **options
+            )
+            values |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy}
+        if self.latency_rounds:
+            towers = {"dense": self.dense.vision_model, "this": model.vision_model}
+            timed = paired_latency(towers, resolution=data.resolution, rounds=self.latency_rounds)[1]
+            values |= {"latency_ms": timed.median_ms, "speed_up": timed.speed_up}
+        return MethodRow(
+            method=method,
+            keep=keep,
+            macs=count_macs(vision, resolution=data.resolution),
+            params=count_params(vision),
+            bytes=tower_bytes(model),
+            measuring_seconds=round(time.perf_counter() - start, 3),
+            **values,
+        )
+
+
 def compare_methods(
     dense: DenseCLIPForSegmentation,
     processor: OpenVocabularyProcessor,
@@ -113,6 +259,8 @@ def compare_methods(
 ) -> list[Compared]:
     """Measure the dense model and the models that `configs` make of it, all on the same data.
 
+    All models stay in memory. `benchmark_pruning.run_benchmark` is the same for many runs, without the models.
+
     Args:
         dense: The model.
         processor: Its processor.
@@ -121,60 +269,14 @@ def compare_methods(
         on_row: Called with every row as soon as it is done.
         progress: Whether pruning shows a progress bar.
     """
-    reference = None
-    if data.fidelity_images:
-        side = data.resolution or native_side(dense)
-        reference = FidelityReference.of(dense, center_crops(data.fidelity_images, processor.image_processor, side))
-    rows = [Compared(_measure("dense", 1.0, dense, processor, data, reference), dense)]
-    on_row(rows[0].row)
+    harness = Harness.of(dense, processor, data)
+    compared = [harness.measure_dense()]
+    on_row(compared[0].row)
     for config in configs:
-        result = prune_model(
-            dense, data.calibration, config, image_processor=processor.image_processor, progress=progress
-        )
-        model = result.model
-        if not isinstance(model, DenseCLIPForSegmentation):
-            raise TypeError(f"Pruning made a {type(model).__name__} of a segmenter. Pass a DenseCLIPForSegmentation.")
-        row = _measure(config.method, config.keep, model.eval(), processor, data, reference)
-        row = replace(row, seconds=result.report.seconds["total"])
-        rows.append(Compared(row, model, result))
-        on_row(row)
-    return rows
-
-
-def _measure(
-    method: str,
-    keep: float,
-    model: DenseCLIPForSegmentation,
-    processor: OpenVocabularyProcessor,
-    data: BenchmarkData,
-    reference: FidelityReference | None,
-) -> MethodRow:
-    vision = cast("CLIPVisionConfig", model.config.vision_config)
-    values: dict[str, Any] = {}
-    if reference is not None:
-        measured = reference.compare(model)
-        values = {"class_token_cosine": measured.class_token, "patch_token_cosine": measured.patch_tokens}
-    if data.classification:
-        values["top1"] = zero_shot_accuracy(
-            model,
-            processor,
-            data.classification,
-            data.classification_targets,
-            data.classification_names,
-            resolution=data.resolution,
-        )
-    if data.segmentation:
-        options = data.segmentation_options or {}
-        scores = evaluate_segmentation(model, processor, data.segmentation, data.segmentation_names, **options)
-        values |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy}
-    return MethodRow(
-        method=method,
-        keep=keep,
-        macs=count_macs(vision, resolution=data.resolution),
-        params=count_params(vision),
-        bytes=tower_bytes(model),
-        **values,
-    )
+        result, peak = harness.prune(config, progress=progress)
+        compared.append(harness.measure_pruned(result, config, peak))
+        on_row(compared[-1].row)
+    return compared
 
 
 def tower_bytes(model: DenseCLIPForSegmentation) -> int:

@@ -1,21 +1,26 @@
 """The commands `benchmark pruning` and `benchmark latency`."""
 
-import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from rich.markup import escape
 
-from hf_opentrans.benchmark_tables import fill_tables, latency_table, method_table
-from hf_opentrans.benchmarks import (
-    BenchmarkData,
-    MethodRow,
-    compare_methods,
-    paired_latency,
-    synthetic_towers,
+from hf_opentrans.benchmark_plots import draw_pruning
+from hf_opentrans.benchmark_pruning import (
+    PruningRun,
+    ResultFile,
+    fingerprint,
+    plan_ablation,
+    plan_methods,
+    run_benchmark,
 )
+from hf_opentrans.benchmark_tables import COST, QUALITY, fill_tables, latency_table, method_notes, method_table
+from hf_opentrans.benchmarks import BenchmarkData, paired_latency, synthetic_towers
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.evaluation import folder_samples
@@ -42,40 +47,84 @@ def benchmark_pruning(
         Path | None, typer.Option(help="A folder per class, or .npz with images, labels, class_names.")
     ] = None,
     keep: Annotated[list[float], typer.Option(help="Budgets.")] = [0.6],  # noqa: B006 (read only)
-    methods: Annotated[list[str], typer.Option(help=f"Of {', '.join(METHODS)}.")] = list(METHODS),  # noqa: B006
+    methods: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(METHODS)}; default: all of them.")] = None,
+    ablation: Annotated[bool, typer.Option(help="Take ours apart instead: one row per component.")] = False,
     num_images: Annotated[int, typer.Option(help="Calibration images.")] = 256,
     resolution: Annotated[int | None, typer.Option(help="Side of square crops; default: image_size.")] = None,
     segmentation_resolution: Annotated[int | None, typer.Option(help="Short side for segmentation.")] = None,
     mode: Annotated[str | None, typer.Option(help="Segmentation mode; default: the model's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted up from the first.")] = 1,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write every figure here after every run, and a picture beside it; go on from it."
+        ),
+    ] = None,
 ) -> None:
     """Prune by several methods on the same images and measure all of them on the same data."""
+    options = {"num_images": num_images, "resolution": resolution}
+    settings = {"model": model, "images": str(images), **options, "mode": mode, "split": split}
+    settings |= {"fidelity_images": _named(fidelity_images), "segmentation": _named(segmentation)}
+    settings |= {"segmentation_resolution": segmentation_resolution, "classification": _named(classification)}
+    paths = {"model": Path(model), "images": images, "fidelity_images": fidelity_images}
+    paths |= {"segmentation": segmentation, "classification": classification}
     with usage():
-        configs = [
-            PruningConfig(keep=k, method=m, num_images=num_images, resolution=resolution, seed=seed)
-            for k in keep
-            for m in methods
-        ]
+        runs = _plan(methods, ablation, keep, range(seed, seed + seeds), options)
+        settings["files"] = {name: fingerprint(path) for name, path in paths.items() if path and path.exists()}
+        results = ResultFile(json_file, settings, command_line())
     data = BenchmarkData(
-        calibration=images,
+        calibration=list_images(images),  # once, and before anything takes time
         fidelity_images=list_images(fidelity_images) if fidelity_images else (),
         resolution=resolution,
         segmentation_options={"mode": mode, "resolution": segmentation_resolution},
         **_segmentation(segmentation, split),
         **_classification(classification),
     )
-    dense, processor = load_segmenter(model)
-    start = time.perf_counter()
+    run_benchmark(lambda: load_segmenter(model), data, runs, results, say=_say, progress=shows_progress())
+    _show(results, json_file, f"{Path(model).name}, {num_images} calibration images")
 
-    def note(row: MethodRow) -> None:
-        err.print(f"{time.perf_counter() - start:6.1f} s  {row.method} {row.keep:g} done")
 
-    compared = compare_methods(dense, processor, data, configs, on_row=note, progress=shows_progress())
-    rows = [c.row for c in compared]
-    show_table(method_table(rows), title=f"{model}, {num_images} calibration images, seed {seed}")
-    values = {"model": model, "seed": seed, "num_images": num_images, "resolution": resolution, "mode": mode}
-    save_json(json_file, command_line(), {**values, "rows": [row.to_dict() for row in rows]})
+def _plan(
+    methods: list[str] | None, ablation: bool, keeps: list[float], seeds: Sequence[int], options: dict[str, Any]
+) -> list[PruningRun]:
+    """List the runs.
+
+    Raises:
+        ValueError: If an option is out of range, or methods are chosen for an ablation.
+    """
+    if not ablation:
+        return plan_methods(methods or METHODS, keeps, seeds, **options)
+    if methods:
+        raise ValueError(
+            f"--methods is {' '.join(methods)} and --ablation is given too. The ablation compares variants of obs "
+            "alone. Leave one of them out."
+        )
+    return plan_ablation(keeps, seeds, **options)
+
+
+def _say(line: str) -> None:
+    err.print(escape(line), soft_wrap=True, highlight=False)
+
+
+def _named(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _show(results: ResultFile, json_file: Path | None, subject: str) -> None:
+    """Print the tables, and draw the picture where there is a file to put it beside."""
+    for columns, title in ((QUALITY, "what it does"), (COST, "what it costs")):
+        show_table(method_table(results.rows, columns), title=f"{subject}: {title}")
+    for note in method_notes(results.rows, [asdict(run) for run in results.skipped]):
+        out.print(escape(note), soft_wrap=True, highlight=False)
+    if json_file is None or results.is_device:
+        return
+    picture = json_file.with_suffix(".png" if json_file.suffix != ".png" else ".png.png")
+    try:
+        if draw_pruning(results.rows, picture, title=subject):
+            out.print(f"Picture: {escape(str(picture))}", soft_wrap=True, highlight=False)
+    except ImportError as error:
+        err.print(f"[yellow]Warning:[/] No picture was drawn. {escape(str(error))}", soft_wrap=True)
 
 
 def _segmentation(path: Path | None, split: str | None) -> dict[str, Any]:

@@ -1,204 +1,197 @@
-"""Spread one budget over all layers: a Lagrangian over the lower convex hulls of the error curves."""
+"""Spread one budget over the sizes of all sublayers: exact knapsack, Lagrangian, or the same share everywhere."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .importance import ErrorCurve
+import numpy as np
+
+from .macs import CostModel
+from .sizes import Menu, Size
 
 # The realised share may lie this far below `keep`.
 TOLERANCE = 0.02
+# Resolution of the knapsack: costs are rounded up to this share of what can be spent.
+BINS = 10_000
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much must go.
+    """How much may stay.
 
     Args:
-        unit: "macs" or "params".
+        unit: "macs", "params" or "latency".
+        cost: The cost model of that unit.
         dense: Cost of the dense tower.
         keep: Share to keep.
-        unit_costs: Cost of one head and of one neuron by `(layer, kind)`.
         lowest: Lowest share that the floors allow.
         floor: The floor that binds, in words.
     """
 
     unit: str
-    dense: int
+    cost: CostModel
+    dense: float
     keep: float
-    unit_costs: dict[tuple[int, str], int]
     lowest: float
     floor: str
 
     @property
-    def to_remove(self) -> int:
-        """Cost that must be removed at least; costs are whole, so the rounding error of `keep` is not one more."""
-        return math.ceil(self.dense * (1 - self.keep) - 1e-6)
+    def allowed(self) -> float:
+        """Cost that all sublayers together may have; the rounding error of `keep` does not forbid a size."""
+        return self.dense * (self.keep + 1e-9) - self.cost.fixed()
 
     def check(self) -> None:
         """Raise ValueError where the floors forbid the budget."""
-        if self.keep < self.lowest:
+        if self.keep < self.lowest - 1e-9:
             raise ValueError(
                 f"keep={self.keep:g} of the {self.unit} is below what the floors allow: {self.floor} leave "
-                f"{self.lowest:.4f} at least. Raise keep to {_ceil(self.lowest)} or more, or lower the floor."
+                f"{self.lowest:.4f} at least. Raise keep to {math.ceil(self.lowest * 1000) / 1000} or more, or lower "
+                "the floor."
             )
 
-
-def _ceil(value: float) -> float:
-    return -int(-value * 1000 // 1) / 1000
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """A straight piece of a lower hull: the only sizes that a Lagrangian ever chooses are its ends."""
-
-    price: float  # error per unit of cost
-    curve: int
-    start: int
-    stop: int
+    def share(self, menus: Sequence[Menu], sizes: Sequence[Size]) -> float:
+        """Return the share of the dense cost that `sizes` take."""
+        spent = sum(menu.cost(size, self.cost) for menu, size in zip(menus, sizes, strict=True))
+        return (self.cost.fixed() + spent) / self.dense
 
 
-def allocate(curves: list[ErrorCurve], budget: Budget) -> list[int]:
-    """Choose how many units each curve removes: minimise the summed error at the given cost.
-
-    For a multiplier nu every curve removes up to the end of its hull's segments whose price is at most nu. Raising nu
-    takes the segments of all hulls in the order of their price, so one sorted pass solves the problem for all nu; the
-    last segment is taken in part.
+def allocate(menus: Sequence[Menu], budget: Budget, solver: str = "dp") -> list[Size]:
+    """Choose one size per menu: the smallest summed error whose cost the budget allows.
 
     Args:
-        curves: Error curves; their errors must be comparable.
-        budget: What must go.
-
-    Returns:
-        Units removed, one number per curve.
+        menus: Their errors must be comparable.
+        budget: What may stay.
+        solver: "dp" (multiple-choice knapsack, exact but for costs rounded up to 1 / 10,000), "lagrangian" (one price
+            per unit of cost for all menus, on lower convex hulls) or "uniform" (the same share everywhere).
 
     Raises:
-        ValueError: If the budget cannot be met.
+        ValueError: If the floors forbid the budget, or the sizes are too coarse to come within 0.02 of it.
     """
     budget.check()
-    costs = [budget.unit_costs[curve.layer, curve.kind] for curve in curves]
-    removed = [0] * len(curves)
-    missing = budget.to_remove
-    segments = sorted(_segments(curves, costs), key=lambda s: (s.price, s.curve, s.start))
-    # One head more would often overshoot the tolerance: finer units follow. Where they run out, it is taken after all.
-    tolerance = budget.dense * (1 - budget.keep + TOLERANCE) - budget.to_remove
-    for overshoot in (tolerance, math.inf):
-        missing = _take(segments, removed, costs, missing, overshoot)
-    missing += _give_back(removed, curves, costs, -missing)
-    if not -tolerance <= missing <= 0:
+    if budget.keep >= 1:
+        return [menu.sizes[0] for menu in menus]
+    fronts = [pareto(menu, budget.cost) for menu in menus]
+    solve = {"dp": _knapsack, "lagrangian": _lagrangian, "uniform": _uniform}[solver]
+    chosen = _enlarge(solve(fronts, budget.allowed), fronts, budget.allowed)
+    sizes = [front[index][1] for front, index in zip(fronts, chosen, strict=True)]
+    share = budget.share(menus, sizes)
+    if not budget.keep - TOLERANCE <= share <= budget.keep + 1e-6:
         raise ValueError(
-            f"keep={budget.keep:g} cannot be met within {TOLERANCE:g}: the structures that may go are too coarse. "
-            "Choose another keep, or a lower floor."
+            f"keep={budget.keep:g} cannot be met within {TOLERANCE:g}: the nearest choice keeps {share:.3f} because "
+            "the structures that may go are too coarse. Choose another keep, a lower floor, or a smaller "
+            "round_neurons or round_head_dim."
         )
-    return removed
+    return sizes
 
 
-def _take(segments: list[_Segment], removed: list[int], costs: list[int], missing: int, overshoot: float) -> int:
-    """Remove along `segments` until nothing is missing; return what is (negative: removed too much)."""
-    for segment in segments:
-        index = segment.curve
-        if missing <= 0:
-            break
-        if not segment.start <= removed[index] < segment.stop:
-            continue  # taken already, or an earlier segment of this hull was too coarse to take
-        units = min(segment.stop - removed[index], -(-missing // costs[index]))
-        if units * costs[index] - missing > overshoot:
-            units -= 1
-        removed[index] += units
-        missing -= units * costs[index]
-    return missing
+Front = list[tuple[float, Size]]  # cost and size, cheapest first, errors falling
 
 
-def _give_back(removed: list[int], curves: list[ErrorCurve], costs: list[int], slack: int) -> int:
-    """Spend what a coarse last step removed too much on the neurons whose removal cost most; return what is spent."""
-    left = slack
-    segments = [s for s in _segments(curves, costs) if curves[s.curve].kind == "neurons"]
-    for segment in sorted(segments, key=lambda s: -s.price):
-        taken = removed[segment.curve] - segment.start
-        if 0 < taken <= segment.stop - segment.start:
-            units = min(taken, left // costs[segment.curve])
-            removed[segment.curve] -= units
-            left -= units * costs[segment.curve]
-    return slack - left
+def pareto(menu: Menu, cost: CostModel) -> Front:
+    """Return costs and sizes that no other one beats in both cost and error; cheapest first, errors falling."""
+    priced = sorted(((menu.cost(size, cost), size) for size in menu.sizes), key=lambda p: (p[0], p[1].error))
+    front: Front = []
+    for price, size in priced:
+        if not front or size.error < front[-1][1].error:
+            front.append((price, size))
+    return front
 
 
-def _segments(curves: list[ErrorCurve], costs: list[int]) -> list[_Segment]:
-    found = []
-    for index, (curve, cost) in enumerate(zip(curves, costs, strict=True)):
-        corners = lower_hull(curve.errors)
-        for start, stop in pairwise(corners):
-            price = (curve.errors[stop] - curve.errors[start]) / ((stop - start) * cost)
-            found.append(_Segment(price, index, start, stop))
-    return found
+def _knapsack(fronts: list[Front], allowed: float) -> list[int]:
+    """Multiple-choice knapsack by dynamic programming over the cost."""
+    base = sum(front[0][0] for front in fronts)
+    unit = max(allowed - base, 0.0) / BINS or 1.0
+    best, picks = np.zeros(BINS + 1), []
+    for front in fronts:
+        # Costs are counted above the cheapest size, and rounded up: the sum can only be overestimated.
+        extra = [math.ceil((price - front[0][0]) / unit - 1e-9) for price, _ in front]
+        candidates = np.full((len(front), BINS + 1), np.inf)
+        for row, (bins, (_, size)) in enumerate(zip(extra, front, strict=True)):
+            if bins <= BINS:
+                candidates[row, bins:] = best[: BINS + 1 - bins] + size.error
+        pick = candidates.argmin(0)
+        best = candidates[pick, np.arange(BINS + 1)]
+        picks.append((pick, extra))
+    left, chosen = int(best.argmin()), []
+    for pick, extra in reversed(picks):
+        chosen.append(int(pick[left]))
+        left -= extra[chosen[-1]]
+    return chosen[::-1]
 
 
-def lower_hull(errors: tuple[float, ...]) -> list[int]:
-    """Return the indices of the corners of the lower convex hull of `(i, errors[i])`, first and last included."""
+def _lagrangian(fronts: list[Front], allowed: float) -> list[int]:
+    """Take the segments of all hulls, steepest gain per cost first, until the next one does not fit."""
+    hulls = [lower_hull([(price, size.error) for price, size in front]) for front in fronts]
+    segments = []
+    for index, (front, hull) in enumerate(zip(fronts, hulls, strict=True)):
+        for start, stop in pairwise(hull):
+            price = front[stop][0] - front[start][0]
+            gain = (front[start][1].error - front[stop][1].error) / price
+            segments.append((-gain, index, stop, price))
+    chosen, left = [0] * len(fronts), allowed - sum(front[0][0] for front in fronts)
+    for _, index, stop, price in sorted(segments):
+        if price > left:
+            break  # a Lagrangian chooses corners in this order only; the caller spends the rest
+        chosen[index], left = stop, left - price
+    return chosen
+
+
+def lower_hull(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the corners of the lower convex hull of points with ascending abscissa."""
     corners: list[int] = []
-    for right in range(len(errors)):
+    for right, (x, y) in enumerate(points):
         while len(corners) >= 2:
-            left, middle = corners[-2], corners[-1]
-            if (errors[middle] - errors[left]) * (right - left) < (errors[right] - errors[left]) * (middle - left):
+            (x0, y0), (x1, y1) = points[corners[-2]], points[corners[-1]]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
                 break
             corners.pop()
         corners.append(right)
     return corners
 
 
-def allocate_uniform(orders: list[ErrorCurve], totals: list[int], budget: Budget) -> list[int]:
-    """Remove the same share of heads and of neurons in every layer (the baselines' rule).
+def _uniform(fronts: list[Front], allowed: float) -> list[int]:
+    """Keep the same share of every sublayer's cost; the largest share that fits."""
 
-    Of all numbers of heads, the one is taken whose share comes nearest to the share of neurons that then meets the
-    budget; single neurons are given back while they fit.
+    def at(share: float) -> list[int]:
+        return [max((i for i, (price, _) in enumerate(f) if price <= share * f[-1][0]), default=0) for f in fronts]
 
-    Args:
-        orders: Removal orders; the length of `errors` gives how many units may go.
-        totals: Units of each sublayer.
-        budget: What must go.
-    """
-    budget.check()
-    costs = [budget.unit_costs[curve.layer, curve.kind] for curve in orders]
-    limits = [len(curve.errors) - 1 for curve in orders]
-    best: tuple[float, list[int]] | None = None
-    for step in range(101):
-        share = step / 100
-        removed = [
-            min(limit, round(share * total)) if curve.kind == "heads" else 0
-            for curve, limit, total in zip(orders, limits, totals, strict=True)
-        ]
-        missing = budget.to_remove - sum(r * c for r, c in zip(removed, costs, strict=True))
-        ratio = _neuron_share(orders, totals, limits, costs, missing)
-        if ratio is None:
-            continue
-        for index, curve in enumerate(orders):
-            if curve.kind == "neurons":
-                removed[index] = min(limits[index], int(ratio * totals[index]))
-        _top_up(removed, orders, limits, costs, budget)
-        distance = abs(share - ratio)
-        if best is None or distance < best[0]:
-            best = (distance, removed)
-    if best is None:
-        raise ValueError(
-            f"keep={budget.keep:g} cannot be met with one share for all layers. Use method='obs', or a larger keep."
-        )
-    return best[1]
+    def spent(chosen: list[int]) -> float:
+        return sum(front[index][0] for front, index in zip(fronts, chosen, strict=True))
+
+    shares = [step / 1000 for step in range(1001)]
+    fitting = [share for share in shares if spent(at(share)) <= allowed]
+    return at(max(fitting, default=0.0))
 
 
-def _neuron_share(
-    orders: list[ErrorCurve], totals: list[int], limits: list[int], costs: list[int], missing: float
-) -> float | None:
-    """Return the share of neurons to remove in every layer, or None where the heads took too much or too little."""
-    neurons = [i for i, curve in enumerate(orders) if curve.kind == "neurons"]
-    possible = sum(totals[i] * costs[i] for i in neurons)
-    if missing < 0 or missing > sum(limits[i] * costs[i] for i in neurons):
-        return None
-    return missing / possible if possible else None
+def spend_rest(menus: Sequence[Menu], sizes: Sequence[Size], budget: Budget) -> list[Size]:
+    """Enlarge a choice of sizes while the budget allows it, best gain per cost first."""
+    fronts = [pareto(menu, budget.cost) for menu in menus]
+    chosen = []
+    for front, menu, size in zip(fronts, menus, sizes, strict=True):
+        price = menu.cost(size, budget.cost)
+        chosen.append(max(i for i, (cost, _) in enumerate(front) if cost <= price))
+    chosen = _enlarge(chosen, fronts, budget.allowed)
+    return [front[index][1] for front, index in zip(fronts, chosen, strict=True)]
 
 
-def _top_up(removed: list[int], orders: list[ErrorCurve], limits: list[int], costs: list[int], budget: Budget) -> None:
-    """Remove single neurons in turn until the budget is met."""
-    neurons = [i for i, curve in enumerate(orders) if curve.kind == "neurons"]
-    while sum(r * c for r, c in zip(removed, costs, strict=True)) < budget.to_remove:
-        open_ = [i for i in neurons if removed[i] < limits[i]]
-        index = min(open_, key=lambda i: removed[i] / limits[i])
-        removed[index] += 1
+def _enlarge(chosen: list[int], fronts: list[Front], allowed: float) -> list[int]:
+    """Enlarge sublayers while something fits, best gain per cost first."""
+    chosen = list(chosen)
+    left = allowed - sum(front[index][0] for front, index in zip(fronts, chosen, strict=True))
+    while True:
+        best: tuple[float, int, int] | None = None
+        for index, front in enumerate(fronts):
+            price, size = front[chosen[index]]
+            for larger in range(chosen[index] + 1, len(front)):
+                extra = front[larger][0] - price
+                if extra > left:
+                    break
+                gain = (size.error - front[larger][1].error) / extra
+                if best is None or gain > best[0]:
+                    best = (gain, index, larger)
+        if best is None:
+            return chosen
+        _, index, larger = best
+        left -= fronts[index][larger][0] - fronts[index][chosen[index]][0]
+        chosen[index] = larger

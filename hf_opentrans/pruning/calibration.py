@@ -11,14 +11,18 @@ import numpy as np
 import torch
 from transformers import CLIPImageProcessorPil
 
+from hf_opentrans._distributed import own_share
 from hf_opentrans.models.image_loading import IMAGE_SUFFIXES, center_crop
+from hf_opentrans.models.modeling_sparse_clip import SparseCLIPEncoderLayer
 
-from .plan import PruningConfig
+from .plan import WITHOUT_STATISTICS, PruningConfig
 from .statistics import CovarianceStatistics
 from .tower import Tower
 
 # Share of the weight that the class token gets in the statistics: it is one token among hundreds, and half the output.
 CLASS_TOKEN_SHARE = 0.1
+# Share of a batch's tokens whose distance from the mean is taken as it is.
+OUTLIER_QUANTILE = 0.999
 # Design measurements: below about ten rows per column, least squares fits noise.
 ROWS_PER_COLUMN = 10
 
@@ -121,7 +125,7 @@ def load_calibration(
     tokens = len(chosen) * (1 + (side // patch) ** 2)
     widest = max(module.in_features for module in tower.consumers.values())
     # The controls read no statistics: any number of images will do for them.
-    notes = _check_tokens(tokens, widest, len(chosen)) if config.method == "obs" else ()
+    notes = _check_tokens(tokens, widest, len(chosen)) if config.method not in WITHOUT_STATISTICS else ()
     processor = image_processor or CLIPImageProcessorPil()
     pixels = []
     for index in chosen:
@@ -155,44 +159,57 @@ def _check_tokens(tokens: int, widest: int, images: int) -> tuple[str, ...]:
     return (note,)
 
 
+def token_weights(rows: torch.Tensor) -> torch.Tensor:
+    """Weigh tokens for the statistics: the class token counts more, outlier tokens less.
+
+    The class token of every image gets `CLASS_TOKEN_SHARE` of the image's weight. A token farther from the batch's
+    mean than all but one in a thousand is weighed down to that distance: single register-like tokens would otherwise
+    rule the second moments.
+
+    Args:
+        rows: Of shape `(batch_size, tokens, dim)`, the class token first.
+
+    Returns:
+        Weights of shape `(batch_size * tokens,)`.
+    """
+    patches = rows.shape[1] - 1
+    weights = rows.new_ones(rows.shape[:2])
+    weights[:, 0] = patches * CLASS_TOKEN_SHARE / (1 - CLASS_TOKEN_SHARE)
+    distances = (rows - rows.mean((0, 1))).norm(dim=-1)
+    limit = torch.quantile(distances.flatten().float(), OUTLIER_QUANTILE).to(distances)
+    tiny = torch.finfo(distances.dtype).tiny
+    return (weights * (limit / distances.clamp(min=tiny)).square().clamp(max=1.0)).flatten()
+
+
+Statistics = dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]
+# What is gathered: inputs of `out_proj` and of `fc2`, outputs of `q_proj` and of `k_proj`.
+KINDS = ("heads", "neurons", "queries", "keys")
+
+
 @torch.no_grad()
 def walk_layers(
-    tower: Tower,
-    calibration: Calibration,
-    on_batch: Callable[[], object] = int,
-    wanted: Container[tuple[int, str]] | None = None,
-) -> Iterator[tuple[int, dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]]]:
+    tower: Tower, calibration: Calibration, on_batch: Callable[[], object] = int, kinds: Container[str] = KINDS
+) -> Iterator[tuple[int, Statistics]]:
     """Yield `(layer, {kind: (fit, held out)})`, holding one layer's statistics and the hidden states of all images.
 
     Args:
         tower: The tower.
         calibration: The images.
         on_batch: Called after every batch.
-        wanted: The `(layer, kind)` to gather statistics of. Defaults to all.
+        kinds: What to gather, some of `KINDS`.
 
     Raises:
         ValueError: If activations are not finite.
     """
-    consumers = tower.consumers
-    hidden = [
-        [tower.embed(batch.to(tower.vision.device)) for batch in part]
-        for part in (calibration.fit, calibration.held_out)
-    ]
+    hidden = embed_parts(tower, calibration)
     for index, layer in enumerate(tower.layers):
-        modules = {
-            kind: consumers[index, kind]
-            for kind in ("heads", "neurons")
-            if (index, kind) in consumers and (wanted is None or (index, kind) in wanted)
-        }
-        found = {
-            kind: (
-                CovarianceStatistics(module.in_features, tower.vision.device),
-                CovarianceStatistics(module.in_features, tower.vision.device),
-            )
-            for kind, module in modules.items()
-        }
+        sources = {kind: module for kind, module in _sources(layer).items() if kind in kinds and _width(kind, module)}
+        found: Statistics = {}
+        for kind, module in sources.items():
+            width, device = _width(kind, module), tower.vision.device
+            found[kind] = (CovarianceStatistics(width, device), CovarianceStatistics(width, device))
         for part, batches in enumerate(hidden):
-            hooks = [module.register_forward_pre_hook(_feeder(found[kind][part])) for kind, module in modules.items()]
+            hooks = [_hook(kind, module, found[kind][part]) for kind, module in sources.items()]
             try:
                 for position, batch in enumerate(batches):
                     batches[position] = layer(batch, None)
@@ -200,24 +217,50 @@ def walk_layers(
             finally:
                 for hook in hooks:
                     hook.remove()
-        _check_finite(index, found)
+        for kind, parts in found.items():
+            check_statistics(index, kind, parts)
         yield index, found
 
 
-def _feeder(statistics: CovarianceStatistics) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-    def feed(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0]
-        patches = rows.shape[1] - 1
-        weights = rows.new_ones(rows.shape[:2])
-        weights[:, 0] = patches * CLASS_TOKEN_SHARE / (1 - CLASS_TOKEN_SHARE)
-        statistics.update(rows.flatten(0, 1), weights.flatten())
-
-    return feed
+def embed_parts(tower: Tower, calibration: Calibration) -> list[list[torch.Tensor]]:
+    """Return what the first layer reads, for this process's share of the fitted and of the held-out images."""
+    device = tower.vision.device
+    parts = (calibration.fit, calibration.held_out)
+    return [[tower.embed(batch.to(device)) for batch in own_share(part)] for part in parts]
 
 
-def _check_finite(layer: int, found: dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]) -> None:
-    for kind, parts in found.items():
-        if not all(bool(torch.isfinite(part.covariance).all()) for part in parts):
+def _sources(layer: SparseCLIPEncoderLayer) -> dict[str, torch.nn.Linear]:
+    found: dict[str, torch.nn.Linear] = {}
+    if layer.has_attention:
+        attention = layer.self_attn
+        found |= {"heads": attention.out_proj, "queries": attention.q_proj, "keys": attention.k_proj}
+    return found | ({"neurons": layer.mlp.fc2} if layer.has_mlp else {})
+
+
+def _width(kind: str, module: torch.nn.Linear) -> int:
+    return module.in_features if kind in ("heads", "neurons") else module.out_features
+
+
+def _hook(kind: str, module: torch.nn.Linear, statistics: CovarianceStatistics) -> Any:
+    def feed(rows: torch.Tensor) -> None:
+        statistics.update(rows.flatten(0, 1), token_weights(rows))
+
+    def feed_inputs(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        feed(inputs[0])
+
+    def feed_output(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        feed(output)
+
+    if kind in ("heads", "neurons"):
+        return module.register_forward_pre_hook(feed_inputs)
+    return module.register_forward_hook(feed_output)
+
+
+def check_statistics(layer: int, kind: str, parts: tuple[CovarianceStatistics, CovarianceStatistics]) -> None:
+    """Add up over processes, and raise ValueError where activations were not finite."""
+    for part in parts:
+        part.reduce()
+        if not bool(torch.isfinite(part.covariance).all()):
             raise ValueError(
                 f"The activations before the {kind} of layer {layer} are not finite. Pruning needs finite numbers. "
                 "Check the weights and the images, or load the model in float32."

@@ -1,9 +1,10 @@
-"""What removing heads and neurons costs: an output metric from random probes, and greedy OBS error curves."""
+"""What removing heads and neurons costs: output metrics from random probes, and greedy OBS removal."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
+
+from hf_opentrans._distributed import add_up, own_share
 
 from .tower import Tower
 
@@ -11,27 +12,6 @@ from .tower import Tower
 SELECTION_RIDGE = 1e-3
 # Removals per step of the neuron selection: one step costs a pass over the inverse covariance.
 STEPS_PER_LAYER = 192
-
-
-@dataclass(frozen=True)
-class ErrorCurve:
-    """The error of removing units of one sublayer in a fixed order.
-
-    Args:
-        layer: Index of the layer.
-        kind: "heads" or "neurons".
-        order: Units in the order of removal; those at the end are never removed (the floor).
-        errors: `errors[r]` is the error after removing `order[:r]`, increasing, starting at 0.
-    """
-
-    layer: int
-    kind: str
-    order: tuple[int, ...]
-    errors: tuple[float, ...]
-
-    def kept(self, removed: int) -> tuple[int, ...]:
-        """Return the units that stay after removing the first `removed` of the order, ascending."""
-        return tuple(sorted(self.order[removed:]))
 
 
 def output_metrics(
@@ -56,13 +36,15 @@ def output_metrics(
         on_batch: Called after every batch.
 
     Returns:
-        Matrices of shape `(hidden_size, hidden_size)`, fp64, by `(layer, "heads" | "neurons")`.
+        Matrices of shape `(hidden_size, hidden_size)` by `(layer, "heads" | "neurons")`, and of shape
+        `(heads, qk_head_dim, qk_head_dim)` by `(layer, "queries")`; fp64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    device, width = tower.vision.device, tower.vision.config.hidden_size
-    sums = {key: torch.zeros(width, width, dtype=torch.float64, device=device) for key in tower.consumers}
-    images = 0
-    for batch in batches:
+    device = tower.vision.device
+    sums: dict[tuple[int, str], torch.Tensor] = {}
+    images = torch.zeros((), dtype=torch.float64, device=device)
+    for number, batch in own_share(list(enumerate(batches))):
+        # Seeded by the batch, so that the probes do not depend on how batches are dealt out to processes.
+        generator = torch.Generator().manual_seed(hash((seed, number)) % 2**63)
         tokens, outputs = _observed_forward(tower, batch.to(device))
         weights = tokens.new_full((tokens.shape[1], 1), (tokens.shape[1] - 1) ** -0.5)
         weights[0] = 1.0
@@ -72,10 +54,10 @@ def output_metrics(
                 (direction * tokens).sum(), list(outputs.values()), retain_graph=probe < probes - 1
             )
             for key, gradient in zip(outputs, gradients, strict=True):
-                rows = gradient.flatten(0, 1)
-                sums[key] += (rows.T @ rows).double()
+                sums[key] = _second_moment(tower, key, gradient) + sums.get(key, 0.0)
         images += len(batch)
         on_batch()
+    add_up(images, *sums.values())
     for (layer, kind), total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise ValueError(
@@ -85,8 +67,16 @@ def output_metrics(
     return {key: total / (images * probes) for key, total in sums.items()}
 
 
+def _second_moment(tower: Tower, key: tuple[int, str], gradient: torch.Tensor) -> torch.Tensor:
+    rows = gradient.flatten(0, 1)
+    if key[1] != "queries":
+        return (rows.T @ rows).double()
+    heads = rows.unflatten(1, (tower.layers[key[0]].self_attn.num_heads, -1)).transpose(0, 1)
+    return (heads.mT @ heads).double()
+
+
 def _observed_forward(tower: Tower, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[tuple[int, str], torch.Tensor]]:
-    """Run the tower with gradients; return the final tokens and every consumer's output."""
+    """Run the tower with gradients; return the final tokens, every consumer's output, and the queries."""
     outputs: dict[tuple[int, str], torch.Tensor] = {}
 
     def keep(key: tuple[int, str]) -> Callable[..., None]:
@@ -95,7 +85,11 @@ def _observed_forward(tower: Tower, pixels: torch.Tensor) -> tuple[torch.Tensor,
 
         return hook
 
-    handles = [module.register_forward_hook(keep(key)) for key, module in tower.consumers.items()]
+    observed: dict[tuple[int, str], torch.nn.Module] = dict(tower.consumers)
+    for index, kind in tower.consumers:
+        if kind == "heads":
+            observed[index, "queries"] = tower.layers[index].self_attn.q_proj
+    handles = [module.register_forward_hook(keep(key)) for key, module in observed.items()]
     try:
         with torch.enable_grad():
             hidden = tower.embed(pixels).detach().requires_grad_()
@@ -129,9 +123,8 @@ def greedy_removal(
     """
     groups = weight.shape[1] // group_size
     device = covariance.device
-    v = _square_root(metric.to(device, torch.float64)) @ weight.to(device, torch.float64)
-    ridge = SELECTION_RIDGE * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    k = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance)).to(covariance)))
+    v = square_root(metric.to(device, torch.float64)) @ weight.to(device, torch.float64)
+    k = torch.cholesky_inverse(torch.linalg.cholesky(regular(covariance)))
     alive = torch.arange(groups, device=device)
     present = torch.ones(groups, dtype=torch.bool, device=device)
     order, errors = [], [0.0]
@@ -159,6 +152,12 @@ def greedy_removal(
     return (*order, *alive[present].tolist()), tuple(errors)
 
 
+def regular(covariance: torch.Tensor) -> torch.Tensor:
+    """Add the selection's ridge to a covariance, so that constant and dependent channels stay solvable."""
+    ridge = SELECTION_RIDGE * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+    return covariance + ridge * torch.eye(len(covariance)).to(covariance)
+
+
 def _removal_errors(v: torch.Tensor, k: torch.Tensor, group_size: int) -> torch.Tensor:
     if group_size == 1:
         return v.square().sum(0) / k.diagonal()
@@ -167,32 +166,7 @@ def _removal_errors(v: torch.Tensor, k: torch.Tensor, group_size: int) -> torch.
     return torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns, upper=False).square().sum((1, 2))
 
 
-def _square_root(metric: torch.Tensor) -> torch.Tensor:
-    """Return R with R^T R = M."""
+def square_root(metric: torch.Tensor) -> torch.Tensor:
+    """Return R with R^T R = M for a symmetric positive semi-definite M."""
     values, vectors = torch.linalg.eigh(metric)
     return vectors.T * values.clamp(min=0).sqrt()[:, None]
-
-
-def norm_order(tower: Tower, layer: int, kind: str) -> tuple[int, ...]:
-    """Order units by the squared L2 norm of all their weights, smallest first (the magnitude baseline)."""
-    block = tower.layers[layer]
-    if kind == "neurons":
-        norms = block.mlp.fc1.weight.square().sum(1) + block.mlp.fc2.weight.square().sum(0)
-    else:
-        attention = block.self_attn
-        inputs = [
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-            attention.out_proj.weight.T,
-        ]
-        norms = torch.stack(
-            [weight.square().sum(1).unflatten(0, (attention.num_heads, -1)).sum(1) for weight in inputs]
-        ).sum(0)
-    return tuple(torch.argsort(norms, stable=True).tolist())
-
-
-def random_order(tower: Tower, layer: int, kind: str, generator: torch.Generator) -> tuple[int, ...]:
-    """Order units at random (the control)."""
-    units = tower.consumers[layer, kind].in_features // tower.group_size(layer, kind)
-    return tuple(torch.randperm(units, generator=generator).tolist())

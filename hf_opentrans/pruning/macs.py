@@ -1,7 +1,7 @@
 """What a vision tower costs: multiply-accumulates of one image and parameters, from its configuration alone."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from transformers import CLIPVisionConfig
 
@@ -64,10 +64,13 @@ class TowerCost:
         return embeddings + norms + self.hidden_size * self.projection_dim
 
     def head(self, unit: str, qk_head_dim: int, v_head_dim: int) -> int:
-        """Cost of one head: its rows of q, k, v, its columns of out_proj, and both attention products."""
+        """Cost of one head: its rows of q, k, v, its columns of out_proj, and both attention products.
+
+        The products run at the larger of both widths, because fused kernels take one width only (`pad_heads`).
+        """
         linear = 2 * self.hidden_size * (qk_head_dim + v_head_dim)
         if unit == "macs":
-            return self.tokens * linear + self.tokens**2 * (qk_head_dim + v_head_dim)
+            return self.tokens * linear + self.tokens**2 * 2 * max(qk_head_dim, v_head_dim)
         return linear + 2 * qk_head_dim + v_head_dim
 
     def neuron(self, unit: str) -> int:
@@ -87,6 +90,49 @@ class TowerCost:
     def total(self, unit: str, layers: tuple[LayerWidths, ...]) -> int:
         """Cost of the whole tower."""
         return self.fixed(unit) + sum(self.layer(unit, widths) for widths in layers)
+
+
+class CostModel(Protocol):
+    """What a tower costs in one unit: the same three questions for MACs, parameters and measured latency."""
+
+    def fixed(self) -> float:
+        """Cost of everything that pruning does not touch."""
+        ...
+
+    def attention(self, heads: int, qk_head_dim: int, v_head_dim: int) -> float:
+        """Cost of one layer's attention."""
+        ...
+
+    def mlp(self, neurons: int) -> float:
+        """Cost of one layer's MLP."""
+        ...
+
+
+@dataclass(frozen=True)
+class CountedCost:
+    """A `CostModel` that counts.
+
+    Args:
+        tower: What single units cost.
+        unit: "macs" or "params".
+        sublayers: Attentions and MLPs that are there at all.
+    """
+
+    tower: TowerCost
+    unit: str
+    sublayers: int
+
+    def fixed(self) -> float:
+        """Cost of everything that pruning does not touch."""
+        return self.tower.fixed(self.unit) + self.sublayers * self.tower.sublayer(self.unit)
+
+    def attention(self, heads: int, qk_head_dim: int, v_head_dim: int) -> float:
+        """Cost of one layer's heads."""
+        return heads * self.tower.head(self.unit, qk_head_dim, v_head_dim)
+
+    def mlp(self, neurons: int) -> float:
+        """Cost of one layer's neurons."""
+        return neurons * self.tower.neuron(self.unit)
 
 
 def layer_widths(config: CLIPVisionConfig) -> tuple[LayerWidths, ...]:

@@ -1,30 +1,36 @@
 """One-shot structured pruning of a CLIP vision tower from unlabelled images: the method, in order."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
 from hf_opentrans._checks import check_finite
+from hf_opentrans._distributed import is_main_process, wait_for_all
 from hf_opentrans._files import write_folder
 
-from .allocation import Budget, allocate, allocate_uniform
-from .calibration import Calibration, list_images, load_calibration, walk_layers
-from .importance import ErrorCurve, greedy_removal, norm_order, output_metrics, random_order
-from .macs import TowerCost, layer_widths
-from .plan import LayerPlan, PruningConfig, PruningPlan
-from .reconstruction import Rebuilt, delta_ridge
-from .report import REPORT_FILE, LayerReport, PruningReport
+from .allocation import Budget
+from .baselines import zero_smallest
+from .calibration import Calibration, list_images, load_calibration
+from .latency import LatencyTable
+from .macs import CostModel, CountedCost, LayerWidths, TowerCost, layer_widths
+from .menus import fewest_neurons
+from .plan import PruningConfig, PruningPlan
+from .refit import rebuild
+from .report import REPORT_FILE, PruningReport
+from .selection import Selection, recipe_of, select_baseline, select_ours
+from .sizes import head_dim_step
 from .subnetwork import Subnetwork, hash_tensors
-from .surgery import PrunableModel, slice_model, to_sparse, unit_columns
+from .summary import make_report, realised_error
+from .surgery import PrunableModel, slice_model, to_sparse
 from .tower import SparseModel, Tower
 
 SUBNETWORK_FOLDER = "subnetwork"
-PROBE_BATCH = 8
-Metrics = dict[tuple[int, str], torch.Tensor]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class PruningResult:
             disk_dtype: Precision of the weights on disk, for example the base model's float16. The configuration
                 keeps the model's own, so the model loads in that. Defaults to the model's.
         """
+        if not is_main_process():  # the first of several processes writes
+            wait_for_all()
+            return
         with write_folder(folder, marker=REPORT_FILE) as target:
             state = self.model.state_dict()
             self.model.save_pretrained(target, state_dict={k: v.to(disk_dtype or v.dtype) for k, v in state.items()})
@@ -59,6 +68,7 @@ class PruningResult:
                 processor.save_pretrained(target)
             self.subnetwork.save_pretrained(target / SUBNETWORK_FOLDER)
             self.report.save(target)
+        wait_for_all()
 
 
 @torch.inference_mode(mode=False)  # the probes need gradients, whatever mode the caller is in
@@ -68,150 +78,141 @@ def prune_model(
     config: PruningConfig | None = None,
     *,
     image_processor: Any = None,
+    latency_table: LatencyTable | None = None,
     progress: bool = False,
 ) -> PruningResult:
-    """Prune heads and MLP neurons of a CLIP vision tower in one shot, without labels or training.
+    """Prune heads, widths inside heads, and MLP neurons of a CLIP vision tower in one shot, without labels.
 
     1. Probes measure how every sublayer's output moves the final tokens (the output metric).
-    2. Layer by layer, greedy OBS turns the statistics of the images into error curves.
-    3. The budget is spread over all curves (Lagrangian on their hulls).
-    4. What stays is sliced out, and rebuilt by least squares to do the work of what went.
+    2. Layer by layer, the statistics of the images become menus: every size of every sublayer with its error.
+    3. One budget is spread over all menus.
+    4. What stays is sliced out, and rebuilt by least squares in depth order to do the work of what went.
 
     Args:
         model: `CLIPModel`, `CLIPVisionModel`, `CLIPVisionModelWithProjection` or a sparse class. Not changed.
         images: Unlabelled images: a folder, a `datasets.Dataset`, or an iterable of images or paths.
         config: How far and how. Defaults to `PruningConfig()`.
         image_processor: The model's image processor. Defaults to CLIP's mean and deviation.
+        latency_table: Measured on this device for this model and resolution; for unit "latency".
         progress: Whether to show a progress bar.
 
     Raises:
         TypeError: If the model has no CLIP vision tower.
-        ValueError: If the budget lies below the floors, there are too few images, or a weight is not finite.
+        ValueError: If the budget lies below the floors, there are too few images, a weight is not finite, or the
+            latency table is missing or belongs to another device or shape.
     """
     config = config or PruningConfig()
     dense = to_sparse(model).eval().float().requires_grad_(False)
     check_finite(dense.state_dict())
     tower = Tower.of(dense)
-    budget = make_budget(tower, config)
+    budget = make_budget(tower, config, latency_table)
     found = list_images(images)
     with _Run(tower, config, len(found), progress) as run:
         calibration = load_calibration(found, config, tower, image_processor, run.step)
-        if config.method == "obs":
-            metrics = run.time("probes", lambda: _probe(tower, calibration, config, run))
-            curves = run.time("curves", lambda: _error_curves(tower, calibration, metrics, config, run))
-            removed = allocate(curves, budget)
-        else:
-            metrics, curves = {}, _baseline_orders(tower, config)
-            removed = allocate_uniform(curves, [len(curve.order) for curve in curves], budget)
-        plan = _make_plan(tower, curves, removed)
-        small = slice_model(dense, plan)
-        rebuilt: dict[tuple[int, str], Rebuilt] = {}
-        if config.method == "obs":
-            rebuilt = run.time("rebuild", lambda: _rebuild(tower, small, plan, calibration, metrics, run))
+        choice = run.time("selection", lambda: _select(dense, tower, calibration, budget, config, run.step))
+        small = slice_model(dense, choice.plan, choice.maps)
+        zeros = zero_smallest(Tower.of(small), budget) if config.method == "imp" else None
+        recipe, rebuilt = recipe_of(config), {}
+        if recipe is not None and config.keep < 1:
+            rebuilt = run.time(
+                "rebuild",
+                lambda: rebuild(tower, Tower.of(small), calibration, choice.metrics, recipe, run.step),
+            )
+        error = realised_error(tower, Tower.of(small), calibration)
+    report = make_report(tower, Tower.of(small), choice, rebuilt, calibration, config, budget, run.seconds)
+    report = replace(report, realised_error=error)
+    if zeros is not None:  # each weight is used once per token
+        tokens = report.calibration_tokens // report.calibration_images
+        report = replace(report, nominal_macs=report.dense_macs - zeros * tokens)
     small = small.to(next(model.parameters()).dtype)  # pyright: ignore[reportArgumentType]
-    report = _report(tower, small, curves, removed, rebuilt, calibration, config, run.seconds)
     _record_origin(small, model, report)
-    return PruningResult(small, _subnetwork(model, dense, small, plan, calibration, report), report)
+    return PruningResult(small, _subnetwork(model, dense, small, choice.plan, calibration, report), report)
 
 
-def make_budget(tower: Tower, config: PruningConfig) -> Budget:
-    """State what must go, what one unit of each sublayer costs, and what the floors leave at least.
+def _select(
+    dense: SparseModel,
+    tower: Tower,
+    calibration: Calibration,
+    budget: Budget,
+    config: PruningConfig,
+    on_batch: Callable[[], object],
+) -> Selection:
+    widths = layer_widths(tower.vision.config)
+    if config.method == "imp" or config.keep >= 1:
+        return Selection(PruningPlan.keep_all((w.heads for w in widths), (w.neurons for w in widths)))
+    if config.method == "torch-pruning":
+        from .foreign import torch_pruning_plan
+
+        return Selection(torch_pruning_plan(tower, budget, config))
+    if config.method == "obs":
+        return select_ours(dense, tower, calibration, budget, config, on_batch)
+    return select_baseline(tower, calibration, budget, config, on_batch)
+
+
+def make_budget(tower: Tower, config: PruningConfig, latency_table: LatencyTable | None = None) -> Budget:
+    """State what the tower costs, what may stay, and what the floors leave at least.
 
     Raises:
-        ValueError: If the floors forbid the budget.
+        ValueError: If the floors forbid the budget, or there is no latency table for this model on this device.
     """
-    cost = TowerCost.of(tower.vision.config, resolution=config.resolution, projection=tower.projection is not None)
     widths = layer_widths(tower.vision.config)
-    unit, unit_costs, lowest = config.unit, {}, []
-    for index, layer in enumerate(widths):
-        unit_costs[index, "heads"] = cost.head(unit, layer.qk_head_dim, layer.v_head_dim)
-        unit_costs[index, "neurons"] = cost.neuron(unit)
-        heads, neurons = (_fewest(tower, config, index, kind) for kind in ("heads", "neurons"))
-        lowest.append(replace(layer, heads=heads, neurons=neurons))
-    dense = cost.total(unit, widths)
+    cost = _cost_model(tower, config, latency_table)
+    dense, lowest = (_total(cost, w) for w in (widths, tuple(_lowest(tower, config))))
     floor = f"the floors min_heads={config.min_heads} and min_neurons={config.min_neurons:g} per layer"
+    if config.structures != ("mlp", "heads", "ranks"):
+        floor += f" and structures={', '.join(config.structures)}"
     if config.protect_last_attention:
         floor += " and protect_last_attention"
-    budget = Budget(unit, dense, config.keep, unit_costs, cost.total(unit, tuple(lowest)) / dense, floor)
-    budget.check()
+    budget = Budget(config.unit, cost, dense, config.keep, lowest / dense, floor)
+    if config.method != "imp":  # it removes single weights: no floor applies
+        budget.check()
     return budget
 
 
-def _fewest(tower: Tower, config: PruningConfig, layer: int, kind: str) -> int:
-    """Units of a sublayer that must stay."""
-    widths = layer_widths(tower.vision.config)
-    if kind == "neurons":
-        return -int(-widths[layer].neurons * config.min_neurons // 1)
-    is_protected = config.protect_last_attention and layer == len(widths) - 1
-    return widths[layer].heads if is_protected else min(config.min_heads, widths[layer].heads)
-
-
-def _probe(tower: Tower, calibration: Calibration, config: PruningConfig, run: "_Run") -> Metrics:
-    # Gradients keep the activations of all layers: small batches bound the memory.
-    images = torch.cat(calibration.fit[: -(-config.probe_images // config.batch_size)])[: config.probe_images]
-    batches = images.split(min(config.batch_size, PROBE_BATCH))
-    # On CPUs the backward pass of fused attention takes two to three times as long as that of the plain one.
-    usual = cast("str", tower.vision.config._attn_implementation)
-    tower.vision.set_attn_implementation("eager" if tower.vision.device.type == "cpu" else "sdpa")
-    metrics = output_metrics(tower, batches, probes=config.probes, seed=config.seed, on_batch=run.step)
-    tower.vision.set_attn_implementation(usual)  # the smaller model inherits it
-    return metrics
-
-
-def _error_curves(
-    tower: Tower, calibration: Calibration, metrics: Metrics, config: PruningConfig, run: "_Run"
-) -> list[ErrorCurve]:
-    curves = []
-    for layer, statistics in walk_layers(tower, calibration, run.step):
-        for kind, (fit, held_out) in statistics.items():
-            order, errors = greedy_removal(
-                tower.consumers[layer, kind].weight,
-                fit.merge(held_out).covariance,
-                metrics[layer, kind],
-                group_size=tower.group_size(layer, kind),
-                fewest=_fewest(tower, config, layer, kind),
+def _cost_model(tower: Tower, config: PruningConfig, latency_table: LatencyTable | None) -> CostModel:
+    if config.unit == "latency":
+        if latency_table is None:
+            raise ValueError(
+                "unit is 'latency' and there is no latency table. Times have to be measured on this device first. "
+                "Run `hf-opentrans latency-table MODEL` and pass its file."
             )
-            curves.append(ErrorCurve(layer, kind, order, errors))
-    return curves
+        latency_table.check(tower, config.resolution)
+        return latency_table
+    vision = tower.vision.config
+    counted = TowerCost.of(vision, resolution=config.resolution, projection=tower.projection is not None)
+    sublayers = sum(layer.has_attention + layer.has_mlp for layer in tower.layers)
+    return CountedCost(counted, config.unit, sublayers)
 
 
-def _baseline_orders(tower: Tower, config: PruningConfig) -> list[ErrorCurve]:
-    """Removal orders of the controls, as curves whose length alone has a meaning."""
-    generator = torch.Generator().manual_seed(config.seed)
-    curves = []
-    for layer, kind in tower.consumers:
-        order = (
-            norm_order(tower, layer, kind)
-            if config.method == "magnitude"
-            else random_order(tower, layer, kind, generator)
-        )
-        removable = len(order) - _fewest(tower, config, layer, kind)
-        curves.append(ErrorCurve(layer, kind, order, (0.0,) * (removable + 1)))
-    return curves
+def _total(cost: CostModel, widths: tuple[LayerWidths, ...]) -> float:
+    return cost.fixed() + sum(
+        cost.attention(w.heads, w.qk_head_dim, w.v_head_dim) + cost.mlp(w.neurons) for w in widths
+    )
 
 
-def _make_plan(tower: Tower, curves: list[ErrorCurve], removed: list[int]) -> PruningPlan:
-    kept = {(curve.layer, curve.kind): curve.kept(count) for curve, count in zip(curves, removed, strict=True)}
-    layers = range(len(tower.layers))
-    return PruningPlan(tuple(LayerPlan(kept.get((i, "heads"), ()), kept.get((i, "neurons"), ())) for i in layers))
+def _lowest(tower: Tower, config: PruningConfig) -> list[LayerWidths]:
+    """Return the smallest widths that the floors and the method's structures allow."""
+    kinds = _structures(config)
+    found, widths = [], layer_widths(tower.vision.config)
+    for index, layer in enumerate(widths):
+        if "mlp" in kinds and layer.neurons:
+            layer = replace(layer, neurons=fewest_neurons(layer.neurons, config))
+        is_protected = config.protect_last_attention and index == len(widths) - 1
+        if "heads" in kinds and not is_protected:
+            layer = replace(layer, heads=min(config.min_heads, layer.heads))
+        if not is_protected:
+            for name, kind in (("qk_head_dim", "qk"), ("v_head_dim", "v")):
+                if kind in kinds:
+                    dense = getattr(layer, name)
+                    layer = replace(layer, **{name: min(dense, head_dim_step(dense, config.round_head_dim))})
+        found.append(layer)
+    return found
 
 
-def _rebuild(
-    tower: Tower, small: SparseModel, plan: PruningPlan, calibration: Calibration, metrics: Metrics, run: "_Run"
-) -> dict[tuple[int, str], Rebuilt]:
-    """Refit `out_proj` and `fc2` of every layer that lost something; writes into `small`."""
-    rebuilt = {}
-    sources, smaller = tower.consumers, Tower.of(small)
-    changed = [key for key, source in sources.items() if smaller.consumer(*key).in_features < source.in_features]
-    for layer, statistics in walk_layers(tower, calibration, run.step, changed):
-        for kind, (fit, held_out) in statistics.items():
-            source, target = sources[layer, kind], smaller.consumer(layer, kind)
-            kept = unit_columns(getattr(plan.layers[layer], kind), tower.group_size(layer, kind)).to(fit.mean.device)
-            done = delta_ridge(source.weight, source.bias, kept, fit, held_out, metrics[layer, kind])
-            target.weight.data.copy_(done.weight)
-            target.bias.data.copy_(done.bias)
-            rebuilt[layer, kind] = done
-    return rebuilt
+def _structures(config: PruningConfig) -> set[str]:
+    if config.method == "obs":
+        return set(config.structures) | ({"qk", "v"} if "ranks" in config.structures else set())
+    return {"vbp": {"mlp"}, "corp": {"mlp", "qk"}, "corp-refit": {"mlp", "qk"}}.get(config.method, {"mlp", "heads"})
 
 
 class _Run:
@@ -220,8 +221,14 @@ class _Run:
     def __init__(self, tower: Tower, config: PruningConfig, images: int, progress: bool) -> None:
         count = min(config.num_images, images)
         batches = -(-count // config.batch_size) + 1
-        passes = 2 * len(tower.layers) + 1 if config.method == "obs" else 0
-        self.bar = tqdm(total=count + passes * batches, desc="Pruning", unit="step", disable=not progress, leave=False)
+        layers, recipe = len(tower.layers), recipe_of(config)
+        steps = layers * batches + batches if config.method in ("obs", "vbp", "flap", "corp", "corp-refit") else 0
+        steps += config.search_steps if config.search != "none" else 0
+        if recipe is not None:
+            steps += layers * batches * (4 if recipe.propagates else 2)
+        total = (count + steps) if config.keep < 1 else count
+        is_shown = progress and is_main_process()
+        self.bar = tqdm(total=total, desc="Pruning", unit="step", disable=not is_shown, leave=False)
         self.seconds: dict[str, float] = {}
         self._start = time.perf_counter()
 
@@ -236,59 +243,13 @@ class _Run:
         """Advance the bar."""
         self.bar.update()
 
-    def time(self, stage: str, work: Any) -> Any:
+    def time(self, stage: str, work: Callable[[], _T]) -> _T:
         """Run `work` and note how long it took."""
         start = time.perf_counter()
         self.bar.set_description(f"Pruning: {stage}")
         result = work()
         self.seconds[stage] = time.perf_counter() - start
         return result
-
-
-def _report(
-    tower: Tower,
-    small: SparseModel,
-    curves: list[ErrorCurve],
-    removed: list[int],
-    rebuilt: dict[tuple[int, str], Rebuilt],
-    calibration: Calibration,
-    config: PruningConfig,
-    seconds: dict[str, float],
-) -> PruningReport:
-    before, after = (layer_widths(t.vision.config) for t in (tower, Tower.of(small)))
-    cost = TowerCost.of(tower.vision.config, resolution=config.resolution, projection=tower.projection is not None)
-    predicted: dict[int, float] = {}
-    for curve, count in zip(curves, removed, strict=True):
-        predicted[curve.layer] = predicted.get(curve.layer, 0.0) + curve.errors[count]
-    layers = []
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        values: dict[str, float | None] = {}
-        for kind in ("heads", "neurons"):
-            if (done := rebuilt.get((index, kind))) is not None:
-                values[f"{kind}_error"], values[f"{kind}_ridge"] = done.error, done.ridge
-                values[f"{kind}_error_uncompensated"] = done.error_uncompensated
-        if config.method == "obs":
-            values["predicted_error"] = predicted.get(index, 0.0)
-        layers.append(LayerReport(new.heads, new.neurons, old.heads, old.neurons, **values))
-    notes = list(calibration.warnings)
-    if config.protect_last_attention:
-        notes.append("The attention of the last block is protected: training-free dense heads read its q, k and v.")
-    costs = {unit: (cost.total(unit, before), cost.total(unit, after)) for unit in ("macs", "params")}
-    side = config.resolution or cast("int", tower.vision.config.image_size)
-    return PruningReport(
-        config=config.to_dict(),
-        layers=tuple(layers),
-        resolution=side,
-        dense_macs=costs["macs"][0],
-        macs=costs["macs"][1],
-        dense_params=costs["params"][0],
-        params=costs["params"][1],
-        realised_keep=costs[config.unit][1] / costs[config.unit][0],
-        calibration_images=calibration.num_images,
-        calibration_tokens=calibration.num_images * cost.tokens,
-        seconds={name: round(value, 3) for name, value in seconds.items()},
-        notes=tuple(notes),
-    )
 
 
 def _origin(model: PrunableModel) -> tuple[str, str | None]:
@@ -343,6 +304,6 @@ def _subnetwork(
             "unit": config["unit"],
             "keep": config["keep"],
             "realised_keep": report.realised_keep,
-            "dense": report.dense_macs if config["unit"] == "macs" else report.dense_params,
+            "dense": report.dense_params if config["unit"] == "params" else report.dense_macs,
         },
     )

@@ -1,13 +1,16 @@
-"""Streaming mean and covariance in double precision, mergeable."""
+"""Streaming mean and covariance in double precision, mergeable over batches and over processes."""
 
 import torch
+
+from hf_opentrans._distributed import add_up, from_first
 
 
 class CovarianceStatistics:
     """Weighted mean and covariance of rows that arrive in batches.
 
     Products are formed in the rows' precision after a shift by the first batch's mean, and summed in fp64: the shift
-    keeps the fp32 products accurate where the mean is large against the deviation.
+    keeps the fp32 products accurate where the mean is large against the deviation. All processes use the first
+    process's shift, so that several processes form the same products as one.
 
     Args:
         dim: Width of the rows.
@@ -20,6 +23,7 @@ class CovarianceStatistics:
         self._shift: torch.Tensor | None = None
         self._first = torch.zeros(dim, dtype=torch.float64, device=device)
         self._second = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._positive = torch.zeros(dim, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -29,12 +33,19 @@ class CovarianceStatistics:
         rows = rows.float()
         weights = rows.new_ones(len(rows)) if weights is None else weights.to(rows)
         if self._shift is None:
-            self._shift = (weights @ rows) / weights.sum()
+            self._shift = from_first((weights @ rows) / weights.sum())
         shifted = rows - self._shift
         self._first += (weights @ shifted).double()
         self._second += ((shifted * weights[:, None]).T @ shifted).double()
+        self._positive += (weights @ (rows > 0).to(rows)).double()
         self.weight += float(weights.sum(dtype=torch.float64))
         self.rows += len(rows)
+
+    def reduce(self) -> None:
+        """Add up what all processes have gathered, in place. Every process must have had rows."""
+        counts = torch.tensor([self.weight, float(self.rows)], dtype=torch.float64, device=self._first.device)
+        add_up(counts, self._first, self._second, self._positive)
+        self.weight, self.rows = float(counts[0]), int(counts[1])
 
     def merge(self, other: "CovarianceStatistics") -> "CovarianceStatistics":
         """Return the statistics of both sets of rows together; neither input changes."""
@@ -45,6 +56,7 @@ class CovarianceStatistics:
         offset = (other._shift - self._shift).double()
         first = other._first + other.weight * offset
         cross = torch.outer(other._first, offset)
+        merged._positive = self._positive + other._positive
         merged._first = self._first + first
         merged._second = self._second + other._second + cross + cross.T + other.weight * torch.outer(offset, offset)
         return merged
@@ -64,7 +76,12 @@ class CovarianceStatistics:
         offset = self._first / self.weight
         return self._second / self.weight - torch.outer(offset, offset)
 
-    def moment_about(self, centre: torch.Tensor) -> torch.Tensor:
-        """Second moment about `centre` of shape `(dim,)`: covariance plus the outer product of the mean's offset."""
-        offset = self.mean - centre
-        return self.covariance + torch.outer(offset, offset)
+    @property
+    def positive_rate(self) -> torch.Tensor:
+        """Share of the rows that are positive, of shape `(dim,)`, fp64."""
+        return self._positive / self.weight
+
+    @property
+    def moment(self) -> torch.Tensor:
+        """Uncentred second moment of shape `(dim, dim)`, fp64."""
+        return self.covariance + torch.outer(self.mean, self.mean)

@@ -1,6 +1,7 @@
 """Apply a plan: as masks that can be trained through, or by really removing heads and neurons."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from transformers.initialization import no_init_weights
 
 from hf_opentrans.models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
 from hf_opentrans.models.modeling_sparse_clip import (
+    SparseCLIPAttention,
     SparseCLIPModel,
     SparseCLIPVisionModel,
     SparseCLIPVisionModelWithProjection,
 )
 
 from .macs import layer_widths
-from .plan import PruningPlan
+from .plan import LayerPlan, PruningPlan
 from .tower import SparseModel, Tower
 
 PrunableModel = CLIPModel | CLIPVisionModel | CLIPVisionModelWithProjection
@@ -62,6 +64,13 @@ def apply_masks(model: PrunableModel, plan: PruningPlan) -> SparseModel:
     """
     sparse = to_sparse(model)
     widths = _check_plan(sparse, plan)
+    for index, (width, layer) in enumerate(zip(widths, plan.layers, strict=True)):
+        new, old = (layer.qk_head_dim, layer.v_head_dim), (width.qk_head_dim, width.v_head_dim)
+        if any(n is not None and n != o for n, o in zip(new, old, strict=True)):
+            raise ValueError(
+                f"The plan narrows the heads of layer {index}. Masks can only leave out whole heads and neurons. "
+                "Use slice_model, or a plan that was made without the structure 'ranks'."
+            )
     overrides = [
         {
             "masked_heads": sorted(set(range(width.heads)) - set(layer.heads)) or None,
@@ -72,19 +81,39 @@ def apply_masks(model: PrunableModel, plan: PruningPlan) -> SparseModel:
     return _build(type(sparse), model, _with_layers(sparse, overrides), sparse.state_dict())
 
 
-def slice_model(model: PrunableModel, plan: PruningPlan | None = None) -> SparseModel:
-    """Return a physically smaller model that computes what the masked model computes.
+@dataclass(frozen=True)
+class HeadMaps:
+    """Linear maps into the narrower heads of one layer; None where a width stays.
+
+    Args:
+        query, key: Of queries and keys, `(heads, new width, old width)`.
+        value: Of values, `(heads, new width, old width)`.
+        output: Back to what `out_proj` read, transposed, `(heads, new width, old width)`.
+    """
+
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+
+def slice_model(
+    model: PrunableModel, plan: PruningPlan | None = None, maps: Mapping[int, HeadMaps] | None = None
+) -> SparseModel:
+    """Return a physically smaller model; without narrower heads it computes what the masked model computes.
 
     Args:
         model: See `to_sparse`.
         plan: What to keep. Defaults to what the model's own masks keep.
+        maps: By layer, where the plan narrows heads: their new queries, keys and values.
 
     Raises:
-        ValueError: If the plan does not fit the model, or there is neither a plan nor a mask.
+        ValueError: If the plan does not fit the model, there is neither a plan nor a mask, or maps are missing.
     """
     sparse = to_sparse(model)
     plan = plan_of_masks(sparse) if plan is None else plan
     _check_plan(sparse, plan)
+    maps = maps or {}
     tower = Tower.of(sparse)
     state = sparse.state_dict()
     prefix = "" if tower.vision is sparse else "vision_model."
@@ -100,6 +129,7 @@ def slice_model(model: PrunableModel, plan: PruningPlan | None = None) -> Sparse
             for part, rows in (("q", queries), ("k", queries), ("v", values)):
                 _take(state, f"{name}self_attn.{part}_proj", rows, dim=0)
             _take(state, f"{name}self_attn.out_proj", values, dim=1)
+            override |= _narrow_heads(state, f"{name}self_attn.", kept, attention, maps.get(index, HeadMaps()), index)
         if layer.has_mlp:
             override["masked_neurons"] = _renumber(layer.mlp.masked_neurons, kept.neurons)
             neurons = torch.tensor(kept.neurons, dtype=torch.long)
@@ -107,6 +137,63 @@ def slice_model(model: PrunableModel, plan: PruningPlan | None = None) -> Sparse
             _take(state, f"{name}mlp.fc2", neurons, dim=1)
         overrides.append(override)
     return _build(type(sparse), model, _with_layers(sparse, overrides), state)
+
+
+def _narrow_heads(
+    state: dict[str, torch.Tensor],
+    name: str,
+    kept: LayerPlan,
+    attention: SparseCLIPAttention,
+    maps: HeadMaps,
+    layer: int,
+) -> dict[str, int]:
+    """Rewrite the projections of narrower heads; return the widths for the configuration."""
+    override: dict[str, int] = {}
+    for width, old, given in (
+        ("qk_head_dim", attention.qk_head_dim, (maps.query, maps.key)),
+        ("v_head_dim", attention.v_head_dim, (maps.value, maps.output)),
+    ):
+        new = getattr(kept, width)
+        if new is None or new == old or not kept.heads:
+            continue
+        if any(m is None or tuple(m.shape) != (len(kept.heads), new, old) for m in given):
+            raise ValueError(
+                f"The plan narrows {width} of layer {layer} to {new}. That needs one map from {old} to {new} for each "
+                f"of the {len(kept.heads)} heads. Pass `maps`, or a plan without widths."
+            )
+        override[width] = new
+    if "qk_head_dim" in override:
+        query, key = (_blocks(m) for m in (maps.query, maps.key))
+        state[f"{name}k_proj.bias"] = torch.zeros_like(state[f"{name}k_proj.bias"])  # softmax never sees it
+        _transform(state, f"{name}q_proj", query)
+        _transform(state, f"{name}k_proj", key)
+        _balance(state, f"{name}q_proj", f"{name}k_proj")
+    if "v_head_dim" in override:
+        _transform(state, f"{name}v_proj", _blocks(maps.value))
+        weight = state[f"{name}out_proj.weight"]
+        output = _blocks(maps.output).T.to(weight.device)
+        state[f"{name}out_proj.weight"] = (weight.double() @ output).to(weight.dtype)
+    return override
+
+
+def _blocks(maps: torch.Tensor | None) -> torch.Tensor:
+    return torch.block_diag(*() if maps is None else maps.double())
+
+
+def _transform(state: dict[str, torch.Tensor], name: str, change: torch.Tensor) -> None:
+    for key in (f"{name}.weight", f"{name}.bias"):
+        old = state[key]
+        state[key] = (change.to(old.device) @ old.double()).to(old.dtype)
+
+
+def _balance(state: dict[str, torch.Tensor], query: str, key: str) -> None:
+    """Give matching rows of queries and keys weights of one size: their product is what counts, fp16 holds it then."""
+    query_size, key_size = (state[f"{name}.weight"].norm(dim=1) for name in (query, key))
+    tiny = torch.finfo(query_size.dtype).tiny ** 0.5
+    factor = (key_size.clamp(min=tiny) / query_size.clamp(min=tiny)).sqrt()
+    state[f"{query}.weight"] = state[f"{query}.weight"] * factor[:, None]
+    state[f"{query}.bias"] = state[f"{query}.bias"] * factor
+    state[f"{key}.weight"] = state[f"{key}.weight"] / factor[:, None]
 
 
 def plan_of_masks(model: SparseModel) -> PruningPlan:
@@ -193,6 +280,7 @@ def _build(
 
 
 __all__ = [
+    "HeadMaps",
     "SparseCLIPConfig",
     "apply_masks",
     "plan_of_masks",

@@ -1,0 +1,292 @@
+"""Many pruning runs: which, how long they take, and a file from which an interrupted benchmark goes on."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_opentrans._files import write_json
+from hf_opentrans.benchmarks import BenchmarkData, Harness, MethodRow, RunKey, environment
+from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
+from hf_opentrans.pruning.plan import STRUCTURES, PruningConfig
+
+LATENCY_ROUNDS = 7
+_PLAIN: dict[str, Any] = {"metric": "identity", "solver": "uniform", "refit": False}
+_FULL: dict[str, Any] = {"metric": "probes", "solver": "dp", "refit": True}
+# The components of "obs", each added to all before it; then the whole method on fewer structures.
+ABLATION: dict[str, dict[str, Any]] = {
+    "MLP only": {**_PLAIN, "structures": ("mlp",)},
+    "+ heads": {**_PLAIN, "structures": ("mlp", "heads")},
+    "+ ranks": {**_PLAIN, "structures": STRUCTURES},
+    "+ probes": {"metric": "probes", "solver": "lagrangian", "refit": False},  # comparable errors can share a budget
+    "+ DP": {**_FULL, "refit": False},
+    "+ sweep": {**_FULL},
+    "+ evolution": {**_FULL, "search": "evolution"},
+    "MLP only, full method": {**_FULL, "structures": ("mlp",)},
+    "MLP + heads, full method": {**_FULL, "structures": ("mlp", "heads")},
+}
+
+
+@dataclass(frozen=True)
+class PruningRun:
+    """One run of a benchmark.
+
+    Args:
+        config: Its configuration.
+        variant: Name of the configuration in an ablation; "" for a method as it is.
+    """
+
+    config: PruningConfig
+    variant: str = ""
+
+    @property
+    def key(self) -> RunKey:
+        """What tells its row from the others: method, variant, keep and seed."""
+        return self.config.method, self.variant, self.config.keep, self.config.seed
+
+    @property
+    def name(self) -> str:
+        """Name for people."""
+        return f"{self.variant or self.config.method} at keep {self.config.keep:g}, seed {self.config.seed}"
+
+
+def plan_methods(
+    methods: Sequence[str], keeps: Sequence[float], seeds: Sequence[int], **options: Any
+) -> list[PruningRun]:
+    """Return one run per budget, seed and method; `options` go to every configuration.
+
+    All methods of one budget and seed come first, so that a benchmark that was cut short compares all of them.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+    runs = [
+        PruningRun(PruningConfig(keep=keep, method=method, seed=seed, **options))
+        for keep in keeps
+        for seed in seeds
+        for method in methods
+    ]
+    return list({run.key: run for run in runs}.values())
+
+
+def plan_ablation(keeps: Sequence[float], seeds: Sequence[int], **options: Any) -> list[PruningRun]:
+    """Return one run per budget, seed and entry of `ABLATION`; `options` go to every configuration.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+    runs = [
+        PruningRun(PruningConfig(keep=keep, seed=seed, **changes, **options), variant)
+        for keep in keeps
+        for seed in seeds
+        for variant, changes in ABLATION.items()
+    ]
+    return list({run.key: run for run in runs}.values())
+
+
+@dataclass(frozen=True)
+class SkippedRun:
+    """A run that gave no model.
+
+    Args:
+        method, variant, keep, seed: Of the run.
+        reason: What pruning said.
+    """
+
+    method: str
+    variant: str
+    keep: float
+    seed: int | None
+    reason: str
+
+    @property
+    def key(self) -> RunKey:
+        """What tells this run from the others: method, variant, keep and seed."""
+        return self.method, self.variant, self.keep, self.seed
+
+
+class ResultFile:
+    """The rows of a benchmark and the JSON file that holds them after every row.
+
+    Args:
+        path: The file; None keeps the rows in memory alone.
+        settings: What all rows depend on, JSON-ready. A file with other settings, or measured with other versions or
+            on another machine, is not continued.
+        command: What the user typed.
+
+    Raises:
+        ValueError: If the file is there and holds something else.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], command: str) -> None:
+        self.path, self.command = path, command
+        self.settings = json.loads(json.dumps(settings))
+        self.environment = environment()
+        self.rows: list[MethodRow] = []
+        self.skipped: list[SkippedRun] = []
+        # A device such as /dev/stdout takes one object, at the end.
+        self.is_device = path is not None and path.exists() and not path.is_file()
+        if path is not None and path.exists() and not self.is_device:
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        fix = "Name another file with --json, or delete this one to measure everything again."
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            before, stack = values["settings"], values["environment"]
+            self.rows = [MethodRow(**row) for row in values["rows"]]
+            self.skipped = [SkippedRun(**run) for run in values["skipped"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The file {str(path)!r} is no result of `benchmark pruning` that can be continued ({error!r}). A "
+                f"benchmark only adds to its own results. {fix}"
+            ) from error
+        pairs = [(before, self.settings), (stack, self.environment)]
+        changed = [
+            f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+            for old, new in pairs
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"The file {str(path)!r} was measured with other settings: {'; '.join(changed)}. All rows of a file "
+                f"must be comparable. {fix}"
+            )
+
+    @property
+    def dense(self) -> MethodRow | None:
+        """The dense model's row; None where it is not measured yet."""
+        return next((row for row in self.rows if row.method == "dense"), None)
+
+    def add(self, row: MethodRow) -> None:
+        """Append a finished row and write the file."""
+        self.rows.append(row)
+        self.save()
+
+    def skip(self, run: PruningRun, reason: str) -> None:
+        """Note that a run gave no model, in place of what an earlier attempt said, and write the file."""
+        self.skipped = [other for other in self.skipped if other.key != run.key]
+        self.skipped.append(SkippedRun(*run.key, reason=reason))
+        self.save()
+
+    def save(self, *, at_end: bool = False) -> None:
+        """Replace the file as a whole.
+
+        Args:
+            at_end: Whether no more rows will come; a device such as /dev/stdout is only written then.
+        """
+        if self.path is not None and self.is_device == at_end:
+            write_json(
+                self.path,
+                {
+                    "command": self.command,
+                    "settings": self.settings,
+                    "rows": [row.to_dict() for row in self.rows],
+                    "skipped": [asdict(run) for run in self.skipped],
+                    "environment": self.environment,
+                },
+            )
+
+
+def fingerprint(path: Path) -> str:
+    """Return a short hash of the names and sizes of all files below a folder, or of one file's size.
+
+    It notices other images under an old name, whatever folder the command was started in.
+    """
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    listed = "\n".join(f"{entry.relative_to(path).as_posix()} {entry.stat().st_size}" for entry in files)
+    return hashlib.sha256(listed.encode()).hexdigest()[:12]
+
+
+def run_benchmark(
+    load: Callable[[], tuple[DenseCLIPForSegmentation, OpenVocabularyProcessor]],
+    data: BenchmarkData,
+    runs: Sequence[PruningRun],
+    results: ResultFile,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+) -> None:
+    """Do all runs that `results` does not hold yet, and add their rows to it one by one.
+
+    A run that pruning refuses with a ValueError (a budget that its structures cannot meet) or an ImportError (a method
+    of a package that is not installed) is noted in `results.skipped`; the next start tries it again.
+
+    Args:
+        load: Returns the dense model and its processor; not called where nothing is left to do.
+        data: What to measure on.
+        runs: What to do.
+        results: Takes the rows; see `ResultFile`.
+        say: Called with a line on what comes next, what is done, and how long the rest will take.
+        progress: Whether pruning shows a progress bar.
+
+    Raises:
+        ValueError: If no run at all gave a model.
+    """
+    finished = {row.key for row in results.rows}
+    left = [run for run in runs if run.key not in finished]
+    say(f"{_count(len(runs))}: {len(runs) - len(left)} in the file already, {len(left)} to do.")
+    if left:
+        harness = Harness.of(*load(), data, latency_rounds=LATENCY_ROUNDS)
+        if results.dense is None:
+            results.add(harness.measure_dense().row)
+        say(f"The dense model is measured. {forecast(left, results.rows)}")
+        for number, run in enumerate(left, 1):
+            told = _do(run, harness, results, progress)
+            rest = f" {forecast(left[number:], results.rows)}" if left[number:] else ""
+            say(f"{number} of {len(left)}: {told}{rest}")
+    if results.skipped and not any(row.method != "dense" for row in results.rows):
+        raise ValueError(f"No run gave a model. {results.skipped[0].reason}")
+    results.save(at_end=True)
+
+
+def _do(run: PruningRun, harness: Harness, results: ResultFile, progress: bool) -> str:
+    """Do one run, note its row or why there is none, and return what to say about it."""
+    try:
+        result, peak = harness.prune(run.config, progress=progress)
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        results.skip(run, reason)
+        return f"{run.name} skipped. {reason}"
+    row = harness.measure_pruned(result, run.config, peak, run.variant).row
+    results.skipped = [other for other in results.skipped if other.key != run.key]
+    results.add(row)
+    return f"{run.name} done, pruned in {duration(row.seconds or 0)}."
+
+
+def forecast(left: Sequence[PruningRun], rows: Sequence[MethodRow]) -> str:
+    """Say how long the runs that are left will take, from the rows that are done.
+
+    A run takes as long as those of its method and variant did, or else as long as all did on average. Before the first
+    run only the measuring is known.
+    """
+    measuring = statistics.fmean([row.measuring_seconds or 0 for row in rows] or [0])
+    times: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.seconds is not None:
+            times.setdefault((row.method, row.variant), []).append(row.seconds)
+    if not times:
+        least = duration(len(left) * measuring)
+        return (
+            f"{_count(len(left))} x {duration(measuring)} to measure a model: at least {least}, and the pruning "
+            "itself, which the first run will tell."
+        )
+    usual = statistics.fmean(time for found in times.values() for time in found)
+    pruning = [statistics.fmean(times.get((run.config.method, run.variant), [usual])) for run in left]
+    return f"About {duration(sum(pruning) + len(left) * measuring)} left for {_count(len(left))}."
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: seconds below two minutes, minutes below two hours, then hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _count(runs: int) -> str:
+    return f"{runs} run" if runs == 1 else f"{runs} runs"
