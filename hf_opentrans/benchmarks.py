@@ -75,8 +75,9 @@ class MethodRow:
         latency_ms: Median time of the vision tower for one image, in milliseconds.
         speed_up: Dense time / this model's time, median of paired rounds.
         peak_memory_mib: Largest memory while pruning, in MiB: of the process, or of the tensors on an accelerator.
-        predicted_error, realised_error: Squared change of the tokens on held-out images, as pruning predicted it and
-            as it turned out.
+        predicted_error: Squared change of the unit class token plus mean squared change of the unit patch tokens, as
+            pruning predicted it.
+        realised_error: The same, measured on the fidelity images, which pruning has not seen.
         measuring_seconds: Wall time of measuring all this.
     """
 
@@ -206,8 +207,10 @@ class Harness:
             nominal_macs=report.nominal_macs,
             peak_memory_mib=peak_memory_mib,
             predicted_error=report.predicted_error,
-            realised_error=report.realised_error,
         )
+        if row.class_token_cosine is not None and row.patch_token_cosine is not None:
+            error = 2 * (1 - row.class_token_cosine) + 2 * (1 - row.patch_token_cosine)  # of unit vectors
+            row = replace(row, realised_error=error)
         return Compared(row, model, result)
 
     def measure(self, method: str, keep: float, model: DenseCLIPForSegmentation) -> MethodRow:

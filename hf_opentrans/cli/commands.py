@@ -12,6 +12,7 @@ import typer
 from PIL import Image
 from tqdm.auto import tqdm
 
+from hf_opentrans._distributed import is_main_process, start_processes
 from hf_opentrans._files import check_output_folder, write_folder
 from hf_opentrans._optional import require
 from hf_opentrans.benchmark_tables import latency_table, method_table
@@ -35,8 +36,9 @@ from hf_opentrans.models.image_loading import load_rgb
 from hf_opentrans.models.segmentation_result import SegmentationResult
 from hf_opentrans.models.segmenting import segment as segment_images
 from hf_opentrans.models.vocabulary import Vocabulary
+from hf_opentrans.pruning.latency import LatencyTable
 from hf_opentrans.pruning.macs import TowerCost, layer_widths
-from hf_opentrans.pruning.plan import METHODS, UNITS, PruningConfig
+from hf_opentrans.pruning.plan import METHODS, SEARCHES, SOLVERS, STRUCTURES, UNITS, PruningConfig
 from hf_opentrans.pruning.prune import make_budget, prune_model
 from hf_opentrans.pruning.report import REPORT_FILE, PruningReport
 from hf_opentrans.pruning.tower import Tower
@@ -48,6 +50,14 @@ Mode = Annotated[str | None, typer.Option(help=f"{' | '.join(SEGMENTATION_MODES)
 Keep = Annotated[float, typer.Option(help="Share of the budget to keep, in (0, 1].")]
 Resolution = Annotated[int | None, typer.Option(min=1, help="Short side in pixels; default: the model's own.")]
 Inference = Annotated[str, typer.Option(help="whole | slide (overlapping windows).")]
+# Fields of `LayerWidths` and the configuration's key for the dense value.
+_WIDTHS = {
+    "heads": "num_attention_heads",
+    "qk_head_dim": "qk_head_dim",
+    "v_head_dim": "v_head_dim",
+    "neurons": "intermediate_size",
+}
+_COUNTED = ("macs", "params")  # units that need no measurement
 SEGMENTATION_FILE = "segmentation.json"
 
 
@@ -80,11 +90,25 @@ def prune(
     keep: Keep = 0.6,
     unit: Annotated[str, typer.Option(help=f"{' | '.join(UNITS)}: what --keep counts.")] = "macs",
     resolution: Annotated[int | None, typer.Option(help="Side of the square crops; default: image_size.")] = None,
-    method: Annotated[str, typer.Option(help=f"{' | '.join(METHODS)}: obs is ours, the others are controls.")] = "obs",
+    method: Annotated[
+        str, typer.Option(help=f"{' | '.join(METHODS)}: obs is ours, the others are published methods and controls.")
+    ] = "obs",
+    structures: Annotated[
+        str, typer.Option(help="What obs may reduce, of mlp,heads,ranks (widths inside heads).")
+    ] = ",".join(STRUCTURES),
+    refit: Annotated[bool, typer.Option(help="Rebuild in depth order on the pruned model's own stream.")] = True,
+    solver: Annotated[str, typer.Option(help=f"{' | '.join(SOLVERS)}: how the budget is spread.")] = "dp",
+    search: Annotated[str, typer.Option(help=f"{' | '.join(SEARCHES)}: refine the choice on real outputs.")] = "none",
+    latency_table: Annotated[
+        Path | None, typer.Option(help="File of `latency-table`; needed for --unit latency.")
+    ] = None,
     num_images: Annotated[int, typer.Option(help="Images to draw at random; all where there are fewer.")] = 1024,
     seed: Seed = 0,
     min_heads: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
     min_neurons: Annotated[float, typer.Option(help="Share of the neurons that every layer keeps.")] = 0.1,
+    round_neurons: Annotated[int | None, typer.Option(help="Kept neurons are a multiple of this; default 32.")] = None,
+    round_head_dim: Annotated[int | None, typer.Option(help="Widths inside heads likewise; default 8.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw widths and errors per layer to this file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Prune a CLIP vision tower in one shot from unlabelled images and save the smaller model."""
@@ -98,16 +122,40 @@ def prune(
             seed=seed,
             min_heads=min_heads,
             min_neurons=min_neurons,
+            structures=tuple(kind.strip() for kind in structures.split(",")),
+            refit=refit,
+            solver=solver,
+            search=search,
+            round_neurons=round_neurons,
+            round_head_dim=round_head_dim,
         )
+        if unit == "latency" and latency_table is None:
+            raise ValueError(
+                "--unit is latency and there is no --latency-table. Times have to be measured on this device first. "
+                f"Run: hf-opentrans latency-table {model}"
+            )
+    if plot is not None:
+        require("demo", "matplotlib")
+    table = LatencyTable.load(latency_table) if latency_table is not None else None
+    start_processes()
     check_output_folder(output, marker=REPORT_FILE)
     loaded = load_clip(model)
     with usage():
-        make_budget(Tower.of(loaded.model), config)
+        make_budget(Tower.of(loaded.model), config, table)
     result = prune_model(
-        loaded.model, images, config, image_processor=loaded.image_processor, progress=shows_progress()
+        loaded.model,
+        images,
+        config,
+        image_processor=loaded.image_processor,
+        latency_table=table,
+        progress=shows_progress(),
     )
     result.save_pretrained(output, loaded.processor, disk_dtype=loaded.disk_dtype)
+    if not is_main_process():
+        return
     report = result.report
+    if plot is not None:
+        report.plot(plot)
     show_table(_layer_table(report), title=f"{model} pruned by {method} to keep {keep:g} of its {unit}")
     disk = {"dense": _weight_bytes(Path(loaded.path)), "pruned": _weight_bytes(output)}
     for name, before, after in (
@@ -118,21 +166,28 @@ def prune(
     if disk["dense"] and disk["pruned"]:
         out.print(f"weights on disk (all towers): {disk['dense'] / 1e6:,.1f} MB -> {disk['pruned'] / 1e6:,.1f} MB")
     out.print(f"Took {report.seconds['total']:.1f} s for {report.calibration_images} images. Saved to {output}.")
+    if report.nominal_macs is not None:
+        out.print(f"nominal MACs, if zeros cost nothing: {report.nominal_macs / 1e6:,.1f} M")
+    if report.realised_error is not None:
+        predicted = "" if report.predicted_error is None else f" (the menus expected {report.predicted_error:.2e})"
+        out.print(f"squared change of the tokens on calibration images: {report.realised_error:.2e}{predicted}")
     for note in report.notes:
         out.print(f"Note: {note}")
     save_json(json_file, command_line(), {"model": model, "report": report.to_dict(), "bytes": disk, "seed": seed})
 
 
 def _layer_table(report: PruningReport) -> tuple[list[str], list[list[str]]]:
-    header = ["layer", "heads", "neurons", "error", "without compensation"]
+    header = ["layer", "heads", "q, k width", "v width", "neurons", "error", "as sliced"]
     cells = []
     for index, layer in enumerate(report.layers):
         errors = [layer.heads_error, layer.neurons_error]
         plain = [layer.heads_error_uncompensated, layer.neurons_error_uncompensated]
-        line = [str(index), f"{layer.heads}/{layer.dense_heads}", f"{layer.neurons}/{layer.dense_neurons}"]
+        line = [str(index), f"{layer.heads}/{layer.dense_heads}"]
+        line += [f"{layer.qk_head_dim}/{layer.dense_qk_head_dim}", f"{layer.v_head_dim}/{layer.dense_v_head_dim}"]
+        line += [f"{layer.neurons}/{layer.dense_neurons}"]
         line += [f"{sum(e or 0 for e in e_):.2e}" if any(e is not None for e in e_) else "-" for e_ in (errors, plain)]
         cells.append(line)
-    measured = [i for i in range(len(header)) if i < 3 or any(line[i] != "-" for line in cells)]
+    measured = [i for i in range(len(header)) if i < 5 or any(line[i] != "-" for line in cells)]
     return [header[i] for i in measured], [[line[i] for i in measured] for line in cells]
 
 
@@ -293,17 +348,12 @@ def info(model: Model, resolution: Resolution = None, json_file: JsonFile = None
     tower = Tower.of(loaded.model)
     config = tower.vision.config
     now = layer_widths(config)
-    dense = [
-        replace(w, heads=config.__dict__["num_attention_heads"], neurons=config.__dict__["intermediate_size"])
-        for w in now
-    ]
-    lines = [
-        [str(i), f"{n.heads}/{d.heads}", f"{n.neurons}/{d.neurons}"]
-        for i, (n, d) in enumerate(zip(now, dense, strict=True))
-    ]
-    show_table((["layer", "heads", "neurons"], lines), title=f"{model}: width now / dense")
+    full = {name: config.__dict__[key] for name, key in _WIDTHS.items()}
+    dense = [replace(w, **full) for w in now]
+    lines = [[str(i), *(f"{getattr(n, w)}/{full[w]}" for w in _WIDTHS)] for i, n in enumerate(now)]
+    show_table((["layer", "heads", "q, k width", "v width", "neurons"], lines), title=f"{model}: width now / dense")
     cost = TowerCost.of(config, resolution=resolution, projection=tower.projection is not None)
-    totals = {unit: {"dense": cost.total(unit, tuple(dense)), "now": cost.total(unit, now)} for unit in UNITS}
+    totals = {unit: {"dense": cost.total(unit, tuple(dense)), "now": cost.total(unit, now)} for unit in _COUNTED}
     size = _weight_bytes(Path(loaded.path))
     side = resolution or config.image_size
     cells = [
@@ -319,7 +369,7 @@ def info(model: Model, resolution: Resolution = None, json_file: JsonFile = None
     if size is not None:
         out.print(f"Weights on disk (all towers): {size / 1e6:,.1f} MB")
     values = {"model": model, "resolution": side, "vision_tower": totals, "bytes": size, "seed": None}
-    layers = [{"heads": n.heads, "neurons": n.neurons} for n in now]
+    layers = [{name: getattr(width, name) for name in _WIDTHS} for width in now]
     save_json(json_file, command_line(), {**values, "layers": layers, "pruning": config.pruning_config})
 
 

@@ -18,8 +18,9 @@ METHODS = (
     "random",
     "torch-pruning",
 )
-# These read no activations.
-WITHOUT_STATISTICS = ("magnitude", "imp", "random", "torch-pruning")
+# These read no activations:
+WITHOUT_IMAGES = ("magnitude", "imp", "torch-pruning")  # and nothing random: every seed gives the same
+WITHOUT_STATISTICS = (*WITHOUT_IMAGES, "random")
 UNITS = ("macs", "params", "latency")
 STRUCTURES = ("mlp", "heads", "ranks")
 SOLVERS = ("dp", "lagrangian", "uniform")

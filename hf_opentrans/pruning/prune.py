@@ -116,7 +116,15 @@ def prune_model(
         if recipe is not None and config.keep < 1:
             rebuilt = run.time(
                 "rebuild",
-                lambda: rebuild(tower, Tower.of(small), calibration, choice.metrics, recipe, run.step),
+                lambda: rebuild(
+                    tower,
+                    Tower.of(small),
+                    calibration,
+                    choice.metrics,
+                    recipe,
+                    run.step,
+                    protected=[(len(tower.layers) - 1, "heads")] if config.protect_last_attention else (),
+                ),
             )
         error = realised_error(tower, Tower.of(small), calibration)
     report = make_report(tower, Tower.of(small), choice, rebuilt, calibration, config, budget, run.seconds)

@@ -1,6 +1,6 @@
 """Walk the pruned tower beside the dense one and rebuild every layer that reads what pruning changed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +50,8 @@ def rebuild(
     metrics: dict[Key, torch.Tensor],
     recipe: Recipe,
     on_batch: Callable[[], object] = int,
+    *,
+    protected: Container[Key] = (),
 ) -> dict[Key, Rebuilt]:
     """Refit `out_proj` and `fc2` in depth order; writes into `small`.
 
@@ -60,6 +62,8 @@ def rebuild(
         metrics: Output metrics by `(layer, kind)`; the identity where one is missing.
         recipe: What a layer reads and aims at.
         on_batch: Called after every batch.
+        protected: Sublayers whose own output is read elsewhere without the residual stream: they aim at their dense
+            output alone, and leave the gap of the stream to others.
     """
     dense_hidden = embed_parts(tower, calibration)
     small_hidden = [list(part) for part in dense_hidden] if recipe.propagates else dense_hidden
@@ -71,9 +75,13 @@ def rebuild(
             if branch is None or small_branch is None:
                 continue
             if changed is None or (index, kind) in changed:
-                parts = _gather(small, (index, kind), branch, small_branch, dense_hidden, small_hidden, on_batch)
+                key = (index, kind)
+                has_gap = recipe.propagates and key not in protected
+                parts = _gather(small, key, (branch, small_branch), dense_hidden, small_hidden, has_gap, on_batch)
                 check_statistics(index, kind, parts)
-                rebuilt[index, kind] = _solve(small, (index, kind), parts, metrics, recipe)
+                rebuilt[key] = _solve(
+                    small, key, parts, metrics, recipe if has_gap else replace(recipe, gap_factors=())
+                )
                 _step(small_branch, small_hidden if recipe.propagates else [], on_batch)
             else:
                 _step(branch, dense_hidden, on_batch)
@@ -106,15 +114,15 @@ def _branch(layer: SparseCLIPEncoderLayer, kind: str) -> Branch | None:
 def _gather(
     small: Tower,
     key: Key,
-    branch: Branch,
-    small_branch: Branch,
+    branches: tuple[Branch, Branch],
     dense_hidden: Hidden,
     small_hidden: Hidden,
+    has_gap: bool,
     on_batch: Callable[[], object],
 ) -> tuple[CovarianceStatistics, CovarianceStatistics]:
     """Gather rows [inputs of the small layer, target, gap] over both parts; moves the dense stream on."""
     consumer = small.consumer(*key)
-    has_gap = small_hidden is not dense_hidden
+    branch, small_branch = branches
     width = consumer.in_features + (1 + has_gap) * consumer.out_features
     parts = tuple(CovarianceStatistics(width, small.vision.device) for _ in range(2))
     seen: list[torch.Tensor] = []

@@ -78,7 +78,8 @@ class PruningReport:
         realised_keep: Share of the unit that is left.
         predicted_error: What the menus expect the final tokens to lose in all: squared change of the class token plus
             mean squared change of the patch tokens, all of unit length. None for methods without menus.
-        realised_error: The same, measured on the held-out calibration images.
+        realised_error: The same, measured on the held-out calibration images. The last solve of every layer has seen
+            them too, so that unseen images lose somewhat more.
         nominal_macs: MACs of a machine that skips every zero weight; only for method "imp".
         curves: For every menu, its cheapest error at each cost, as shares of the dense tower's cost; for `plot`.
         calibration_images, calibration_tokens: Size of the calibration set.

@@ -1,15 +1,19 @@
 """Calibration images of every kind, and the statistics that one walk over the layers gathers."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from hf_opentrans.pruning.calibration import CLASS_TOKEN_SHARE, list_images, load_calibration, walk_layers
+from hf_opentrans.pruning.calibration import CLASS_TOKEN_SHARE, list_images, load_calibration, token_weights, walk_layers
 from hf_opentrans.pruning.plan import PruningConfig
+from hf_opentrans.pruning.statistics import CovarianceStatistics
 from hf_opentrans.pruning.surgery import to_sparse
 from hf_opentrans.pruning.tower import Tower
 
@@ -200,59 +204,120 @@ def test_progress_is_reported_once_an_image(tower):
     assert len(calls) == 6
 
 
-def inputs_of_full_forward(tower, pixels):
-    """Record what every consumer reads in one ordinary forward pass of all images."""
+def observed(tower):
+    """Return the modules whose inputs ("heads", "neurons") or outputs ("queries", "keys") are gathered."""
+    found = {(*key, "in"): module for key, module in tower.consumers.items()}
+    for index, layer in enumerate(tower.layers):
+        found |= {(index, "queries", "out"): layer.self_attn.q_proj, (index, "keys", "out"): layer.self_attn.k_proj}
+    return found
+
+
+def rows_of_full_forward(tower, pixels):
+    """Record what every consumer reads, and queries and keys, in one ordinary forward pass of all images."""
     seen = {}
-    handles = [
-        module.register_forward_pre_hook(lambda _m, inputs, key=key: seen.update({key: inputs[0].double()}))
-        for key, module in tower.consumers.items()
-    ]
+
+    def hook(_module, inputs, output, key):
+        seen[key[:2]] = (inputs[0] if key[2] == "in" else output).double()
+
+    handles = [m.register_forward_hook(partial(hook, key=key)) for key, m in observed(tower).items()]
     tower.vision(pixels)
     for handle in handles:
         handle.remove()
     return seen
 
 
+def reference_weights(rows):
+    """Weigh the tokens of one batch, from the definition."""
+    rows = rows.double().numpy()
+    weights = np.ones(rows.shape[:2])
+    weights[:, 0] = (rows.shape[1] - 1) / 9  # a tenth for the class token, nine tenths for the patches
+    distances = np.linalg.norm(rows - rows.mean((0, 1)), axis=-1)
+    limit = np.quantile(distances, 0.999)
+    return (weights * np.where(distances > limit, (limit / distances) ** 2, 1.0)).ravel()
+
+
 def test_walk_gathers_the_statistics_of_a_full_forward_pass(tower):
     calibration = load(make_images(20), tower)
-    expected = [inputs_of_full_forward(tower, torch.cat(part)) for part in (calibration.fit, calibration.held_out)]
+    parts_of_images = (calibration.fit, calibration.held_out)
+    expected = [rows_of_full_forward(tower, torch.cat(part)) for part in parts_of_images]
     visited = []
     for layer, found in walk_layers(tower, calibration):
         visited.append(layer)
-        assert set(found) == {"heads", "neurons"}
+        assert set(found) == {"heads", "neurons", "queries", "keys"}
         for kind, parts in found.items():
-            for statistics, inputs in zip(parts, expected, strict=True):
-                rows = inputs[layer, kind]
-                # A tenth of the weight for the class token, nine tenths shared by the 16 patches.
-                shares = torch.tensor([0.1, *[0.9 / 16] * 16]).double().repeat(len(rows)) / len(rows)
-                flat = rows.flatten(0, 1)
-                mean = shares @ flat
-                covariance = ((flat - mean) * shares[:, None]).T @ (flat - mean)
-                torch.testing.assert_close(statistics.mean, mean, rtol=1e-4, atol=1e-6)
-                torch.testing.assert_close(statistics.covariance, covariance, rtol=1e-3, atol=1e-6)
+            for statistics, rows_by_key, batches in zip(parts, expected, parts_of_images, strict=True):
+                rows = rows_by_key[layer, kind]
+                weights = np.concatenate([reference_weights(b) for b in rows.split([len(x) for x in batches])])
+                flat = rows.flatten(0, 1).numpy()
+                mean = np.average(flat, axis=0, weights=weights)
+                covariance = np.cov(flat.T, bias=True, aweights=weights)
+                np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=1e-4, atol=1e-6)
+                np.testing.assert_allclose(statistics.covariance.numpy(), covariance, rtol=1e-3, atol=1e-6)
                 assert statistics.rows == len(flat)
+                assert statistics.weight == pytest.approx(weights.sum(), rel=1e-5)
     assert visited == [0, 1, 2]
 
 
-def test_class_token_has_a_tenth_of_the_weight(tower):
-    calibration = load(make_images(8), tower)
-    _, found = next(walk_layers(tower, calibration))
-    statistics = found["heads"][0]
-    patches = 16 * sum(map(len, calibration.fit))
+def test_class_token_has_a_tenth_of_the_weight():
+    rows = torch.randn(500, 17, 3).clamp(-1, 1)
+    weights = token_weights(rows).view(500, 17)
     assert CLASS_TOKEN_SHARE == 0.1
-    assert statistics.weight == pytest.approx(patches / 0.9, rel=1e-5)
+    shares = weights / weights.sum(1, keepdim=True)
+    assert float(shares[:, 0].median()) == pytest.approx(0.1, rel=1e-5)
+    assert float(shares[:, 1:].median()) == pytest.approx(0.9 / 16, rel=1e-5)
+
+
+def test_one_token_in_a_thousand_is_weighed_down_to_the_quantile():
+    rows = torch.randn(40, 50, 4)
+    rows[3, 7], rows[9, 20] = 1e3, -4e3
+    weights = token_weights(rows)
+    np.testing.assert_allclose(weights.numpy(), reference_weights(rows), rtol=1e-3)
+    grid = weights.view(40, 50)
+    assert (grid[:, 1:] < 1).sum() == 2
+    assert 0 < float(grid[9, 20]) < float(grid[3, 7]) < 1
+    moments = CovarianceStatistics(4)
+    moments.update(rows.flatten(0, 1), weights)
+    plain = CovarianceStatistics(4)
+    plain.update(rows.flatten(0, 1))
+    assert float(moments.moment.trace()) < 0.6 * float(plain.moment.trace())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 5),
+    tokens=st.integers(2, 30),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    seed=st.integers(0, 10**6),
+)
+def test_weights_follow_the_definition_at_any_shape_and_scale(batch_size, tokens, scale, seed):
+    rows = scale * torch.randn(batch_size, tokens, 3, generator=torch.Generator().manual_seed(seed))
+    np.testing.assert_allclose(token_weights(rows).numpy(), reference_weights(rows), rtol=1e-3)
 
 
 def test_walk_gathers_only_what_is_wanted_and_leaves_no_hooks(tower):
     calibration, batches = load(make_images(8), tower), []
-    found = dict(walk_layers(tower, calibration, lambda: batches.append(1), {(1, "neurons")}))
-    assert {layer: set(kinds) for layer, kinds in found.items()} == {0: set(), 1: {"neurons"}, 2: set()}
+    found = dict(walk_layers(tower, calibration, lambda: batches.append(1), {"neurons", "keys"}))
+    assert {layer: set(kinds) for layer, kinds in found.items()} == dict.fromkeys(range(3), {"neurons", "keys"})
     assert len(batches) == 3 * (len(calibration.fit) + len(calibration.held_out))
-    assert not any(module._forward_pre_hooks for module in tower.consumers.values())
+    for module in observed(tower).values():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
 
 
-def test_activations_that_are_not_finite_raise(tower):
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [("neurons", {"neurons"}), ("queries", {"queries", "keys"}), ("keys", {"keys"}), ("heads", {"heads", "neurons"})],
+)
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_activations_that_are_not_finite_raise(tower, kind, kinds, value):
+    layer = tower.layers[1]
+    modules = {
+        "neurons": layer.mlp.fc1,
+        "queries": layer.self_attn.q_proj,
+        "keys": layer.self_attn.k_proj,
+        "heads": layer.self_attn.v_proj,
+    }
     with torch.no_grad():
-        tower.layers[1].mlp.fc1.weight.fill_(3e38)
-    with pytest.raises(ValueError, match="before the neurons of layer 1 are not finite"):
-        list(walk_layers(tower, load(make_images(8), tower)))
+        modules[kind].weight.fill_(value)
+    with pytest.raises(ValueError, match=f"before the {kind} of layer 1 are not finite"):
+        list(walk_layers(tower, load(make_images(8), tower), kinds=kinds))

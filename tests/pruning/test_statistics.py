@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_opentrans.pruning import statistics as statistics_module
 from hf_opentrans.pruning.statistics import CovarianceStatistics
 
 DIM = 3
@@ -91,19 +92,51 @@ def test_half_precision_rows_are_summed_in_double_precision():
     assert_equals(streamed(rows.half(), weights, [10] * 3), rows.half(), weights)
 
 
-def test_moment_about_a_point_is_the_mean_square_of_the_differences():
-    rows, weights = draw(3, 15, mean=2.0)
+@pytest.mark.parametrize("mean", [0.0, 2.0, 100.0])
+def test_moment_is_the_mean_square_of_the_rows(mean):
+    rows, weights = draw(3, 15, mean=mean)
     statistics = streamed(rows, weights, [4, 11])
-    centre = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
-    shifted = rows.double() - centre
-    expected = (shifted * weights.double()[:, None]).T @ shifted / weights.double().sum()
-    np.testing.assert_allclose(statistics.moment_about(centre).numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(statistics.moment_about(statistics.mean), statistics.covariance)
+    values, shares = rows.double().numpy(), (weights.double() / weights.double().sum()).numpy()
+    np.testing.assert_allclose(statistics.moment.numpy(), (values * shares[:, None]).T @ values, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "read", [lambda s: s.mean, lambda s: s.covariance, lambda s: s.moment_about(torch.zeros(DIM))]
-)
+def test_positive_rate_is_the_weighted_share_of_positive_rows():
+    rows, weights = draw(5, 40)
+    rows[::4] = 0.0  # zero is not positive
+    expected = np.average(rows.numpy() > 0, axis=0, weights=weights.double().numpy())
+    statistics = streamed(rows, weights, [7, 13, 20])
+    np.testing.assert_allclose(statistics.positive_rate.numpy(), expected, rtol=1e-5)
+    merged = streamed(rows[:7], weights[:7], [7]).merge(streamed(rows[7:], weights[7:], [13, 20]))
+    np.testing.assert_allclose(merged.positive_rate.numpy(), expected, rtol=1e-5)
+    assert 0.05 < expected.min() < expected.max() < 0.95
+
+
+def test_reduce_changes_nothing_in_one_process():
+    rows, weights = draw(6, 12)
+    statistics = streamed(rows, weights, [5, 7])
+    statistics.reduce()
+    assert_equals(statistics, rows, weights)
+
+
+def test_reduce_adds_up_what_two_processes_gathered(monkeypatch):
+    rows, weights = draw(7, 20, mean=50.0)
+    shift = (weights[:9] @ rows[:9]) / weights[:9].sum()
+    monkeypatch.setattr(statistics_module, "from_first", lambda _: shift)  # both use the first process's shift
+    first, second = streamed(rows[:9], weights[:9], [9]), streamed(rows[9:], weights[9:], [4, 7])
+
+    def add_up(counts, *sums):
+        counts += torch.tensor([second.weight, float(second.rows)], dtype=torch.float64)
+        for own, other in zip(sums, (second._first, second._second, second._positive), strict=True):
+            own += other
+
+    monkeypatch.setattr(statistics_module, "add_up", add_up)
+    first.reduce()
+    assert_equals(first, rows, weights)
+    expected = np.average(rows.numpy() > 0, axis=0, weights=weights.double().numpy())
+    np.testing.assert_allclose(first.positive_rate.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("read", [lambda s: s.mean, lambda s: s.covariance, lambda s: s.moment])
 def test_statistics_without_rows_raise(read):
     with pytest.raises(ValueError, match="hold no rows"):
         read(CovarianceStatistics(DIM))
