@@ -163,29 +163,24 @@ def upsampled_strips(logits: torch.Tensor, size: tuple[int, int], max_bytes: int
         max_bytes: Upper bound on one strip; at least one row is always held.
     """
     height, width = size
-    low, high, weight = _bilinear_taps(logits.shape[1], height, logits.device)
+    vertical = _bilinear_matrix(logits.shape[1], height, logits.device)
+    wide = logits @ _bilinear_matrix(logits.shape[2], width, logits.device).T
     rows_per_strip = max(1, max_bytes // (logits.shape[0] * width * 4 * 2))
-    wide: torch.Tensor | None = None
-    first = last = -1
     for start in range(0, height, rows_per_strip):
         rows = slice(start, min(start + rows_per_strip, height))
-        if wide is None or int(low[rows.start]) < first or int(high[rows.stop - 1]) > last:
-            first, last = int(low[rows.start]), int(high[rows.stop - 1])
-            wide = _widen(logits[:, first : last + 1], width)
-        w = weight[rows, None]
-        yield rows, wide[:, low[rows] - first] * (1 - w) + wide[:, high[rows] - first] * w
+        used = vertical[rows].any(0).nonzero()[:, 0]  # few source rows: the product is cheap
+        first, last = int(used[0]), int(used[-1])
+        yield rows, vertical[rows, first : last + 1] @ wide[:, first : last + 1]
 
 
-def _widen(logits: torch.Tensor, width: int) -> torch.Tensor:
-    low, high, weight = _bilinear_taps(logits.shape[2], width, logits.device)
-    return logits[..., low] * (1 - weight) + logits[..., high] * weight
-
-
-def _bilinear_taps(source: int, target: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the two source indices and the weight of the second for every target index (half-pixel centres)."""
+def _bilinear_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """Return the weights of every source index in every target index, `(target, source)` (half-pixel centres)."""
     position = ((torch.arange(target, device=device) + 0.5) * (source / target) - 0.5).clamp(0, source - 1)
     low = position.floor().long()
-    return low, (low + 1).clamp(max=source - 1), (position - low).float()
+    weight = (position - low).float()
+    matrix = torch.zeros(target, source, device=device)
+    matrix.scatter_add_(1, low[:, None], (1 - weight)[:, None])
+    return matrix.scatter_add_(1, (low + 1).clamp(max=source - 1)[:, None], weight[:, None])
 
 
 __all__ = ["OpenVocabularyProcessor"]

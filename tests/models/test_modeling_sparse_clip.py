@@ -183,6 +183,39 @@ def test_query_key_and_value_widths_may_differ(tiny_clip):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("qk", "v"), [(3, 8), (8, 3), (2, 5), (5, 5)])
+@torch.no_grad()
+def test_unequal_widths_are_padded_and_compute_unpadded_attention(qk, v):
+    values = SparseCLIPVisionConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=16, num_hidden_layers=1, image_size=32, patch_size=8
+    ).to_dict()
+    values.pop("model_type")
+    torch.manual_seed(2)
+    layers = {0: {"num_attention_heads": 3, "qk_head_dim": qk, "v_head_dim": v}}
+    model = SparseCLIPVisionModel(SparseCLIPVisionConfig(**values | {"per_layer_config": layers})).eval()
+    for parameter in model.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    attention: Any = model.encoder.layers[0].self_attn
+    hidden = torch.randn(2, 17, 32)
+    outputs = {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        outputs[implementation] = attention(hidden)[0]
+    torch.testing.assert_close(outputs["sdpa"], outputs["eager"], atol=1e-5, rtol=1e-5)
+    parts = []
+    for head in range(3):
+        q, k, x = (
+            (hidden.double() @ p.weight.double().T + p.bias.double())[..., head * width : (head + 1) * width]
+            for p, width in ((attention.q_proj, qk), (attention.k_proj, qk), (attention.v_proj, v))
+        )
+        parts.append((q @ k.mT / 8**0.5).softmax(-1) @ x)  # 8: of the dense head, 32 / 4
+    output = attention.out_proj
+    expected = torch.cat(parts, -1) @ output.weight.double().T + output.bias.double()
+    torch.testing.assert_close(outputs["eager"].double(), expected, atol=1e-5, rtol=1e-5)
+    widths = [part.shape[-1] for part in attention.pad_heads(*attention.project(hidden))]
+    assert widths == [max(qk, v)] * 3
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize(("sublayer", "silent"), [("attention", "self_attn.out_proj"), ("mlp", "mlp.fc2")])
 def test_skipping_a_sublayer_equals_silencing_it(tiny_clip, layer, sublayer, silent):

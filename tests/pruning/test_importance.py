@@ -211,7 +211,7 @@ def test_gradients_that_are_not_finite_raise(tiny_clip):
     tower = dense_tower(tiny_clip)
     with torch.no_grad():
         tower.layers[2].mlp.fc2.bias.fill_(torch.nan)
-    with pytest.raises(ValueError, match="gradients behind the heads of layer 0 are not finite"):
+    with pytest.raises(ValueError, match="gradients behind the queries of layer 0 are not finite"):
         output_metrics(tower, [torch.randn(2, 3, 32, 32)], probes=1, seed=0)
 
 

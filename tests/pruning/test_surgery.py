@@ -1,6 +1,7 @@
 """Masks and slicing: they agree, masks hold through training and disk, and inputs stay untouched."""
 
 import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from hf_opentrans import (
     slice_model,
 )
 from hf_opentrans.pruning import LayerPlan, to_sparse
-from hf_opentrans.pruning.surgery import plan_of_masks, unit_columns
+from hf_opentrans.pruning.surgery import HeadMaps, plan_of_masks, unit_columns
 from hf_opentrans.pruning.tower import Tower
 
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -230,3 +231,172 @@ def test_models_without_a_vision_tower_are_refused(tiny_clip):
 def test_unit_columns():
     assert unit_columns((0, 2), 3).tolist() == [0, 1, 2, 6, 7, 8]
     assert unit_columns((), 3).tolist() == []
+
+
+def random_maps(heads, width, seed=0):
+    """Return maps from 8 to `width` dimensions, one per head and part."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(heads, width, 8, generator=generator) / 8**0.5 for _ in range(4)]
+
+
+def rotations(heads):
+    return torch.linalg.qr(torch.randn(heads, 8, 8, generator=torch.Generator().manual_seed(2)))[0]
+
+
+def attend(model, hidden, heads, maps):
+    """Independent reference in double precision: attention of some heads of a stock layer 1 with reduced vectors.
+
+    Args:
+        model: A stock tower.
+        hidden: Of shape `(batch_size, tokens, 32)`.
+        heads: Of the dense layer.
+        maps: Query, key, value and output maps, each `(heads, new width, 8)`; None where the width stays.
+    """
+    attention = model.encoder.layers[1].self_attn
+    query, key, value, output = maps
+    total = attention.out_proj.bias.double()
+    for place, head in enumerate(heads):
+        rows = slice(8 * head, 8 * head + 8)
+        q, k, v = (
+            hidden @ projection.weight[rows].double().T + projection.bias[rows].double()
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if query is not None:
+            k = k - attention.k_proj.bias[rows].double()
+            q, k = q @ query[place].double().T, k @ key[place].double().T
+        weights = (q @ k.mT / 8**0.5).softmax(-1)  # the scale of the dense model, whatever is left
+        if value is not None:
+            v = v @ value[place].double().T @ output[place].double()
+        total = total + weights @ v @ attention.out_proj.weight[:, rows].double().T
+    return total
+
+
+@pytest.mark.parametrize("narrowed", ["qk", "v", "both"])
+@pytest.mark.parametrize("heads", [(0, 1, 2, 3), (1, 3)])
+@torch.no_grad()
+def test_narrowed_heads_compute_attention_of_reduced_vectors(tiny_clip, narrowed, heads):
+    dense = vision_of(tiny_clip)
+    query, key, *_ = random_maps(len(heads), 3)
+    *_, value, output = random_maps(len(heads), 5)
+    has_qk, has_v = narrowed != "v", narrowed != "qk"
+    maps = (query if has_qk else None, key if has_qk else None, value if has_v else None, output if has_v else None)
+    everything = tuple(range(64))
+    layer = LayerPlan(heads, everything, 3 if has_qk else None, 5 if has_v else None)
+    whole = LayerPlan((0, 1, 2, 3), everything)
+    sliced: Any = slice_model(dense, PruningPlan((whole, layer, whole)), {1: HeadMaps(*maps)})
+    attention = sliced.encoder.layers[1].self_attn
+    assert (attention.num_heads, attention.qk_head_dim, attention.v_head_dim) == (
+        len(heads),
+        3 if has_qk else 8,
+        5 if has_v else 8,
+    )
+    assert attention.scale == 8**-0.5
+    hidden = torch.randn(2, 17, 32)
+    expected = attend(dense, hidden.double(), heads, maps)
+    torch.testing.assert_close(attention(hidden)[0].double(), expected, atol=1e-5, rtol=1e-5)
+    if has_qk:
+        assert float(attention.k_proj.bias.abs().max()) == 0.0
+    other = sliced.encoder.layers[0].self_attn
+    assert torch.equal(other.q_proj.weight, dense.encoder.layers[0].self_attn.q_proj.weight)
+
+
+@torch.no_grad()
+def test_maps_that_lose_nothing_change_nothing(tiny_clip):
+    dense = vision_of(tiny_clip)
+    turn = rotations(4)
+    everything = PruningPlan.keep_all([4] * 3, [64] * 3)
+    same = slice_model(dense, everything, {0: HeadMaps(turn, turn, turn, turn)})
+    assert torch.equal(tokens(same), tokens(to_sparse(dense)))
+    stated = PruningPlan((LayerPlan((0, 1, 2, 3), tuple(range(64)), 8, 8), *everything.layers[1:]))
+    assert torch.equal(tokens(slice_model(dense, stated)), tokens(to_sparse(dense)))
+    # Queries of rank 5 and values of rank 6 in a turned basis: the maps into that basis lose nothing.
+    attention = dense.encoder.layers[0].self_attn
+    for projection, rank in ((attention.q_proj, 5), (attention.v_proj, 6)):
+        keeper = torch.block_diag(*(turn[:, :rank].mT @ turn[:, :rank]))
+        projection.weight.copy_(keeper @ projection.weight)
+        projection.bias.copy_(keeper @ projection.bias)
+    layer = LayerPlan((0, 1, 2, 3), tuple(range(64)), 5, 6)
+    maps = HeadMaps(turn[:, :5], turn[:, :5], turn[:, :6], turn[:, :6])
+    narrow = slice_model(dense, PruningPlan((layer, *everything.layers[1:])), {0: maps})
+    assert float((tokens(narrow) - tokens(to_sparse(dense))).abs().max()) <= 1e-5
+    assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in dense.parameters())
+
+
+@pytest.mark.parametrize(
+    ("maps", "width"),
+    [
+        ({}, "qk_head_dim"),
+        ({1: HeadMaps()}, "qk_head_dim"),
+        ({1: HeadMaps(query=torch.ones(2, 3, 8))}, "qk_head_dim"),
+        ({1: HeadMaps(torch.ones(2, 3, 8), torch.ones(4, 3, 8))}, "qk_head_dim"),  # maps of the dense heads
+        ({1: HeadMaps(torch.ones(2, 4, 8), torch.ones(2, 4, 8))}, "qk_head_dim"),
+        ({1: HeadMaps(torch.ones(2, 8, 3), torch.ones(2, 8, 3))}, "qk_head_dim"),
+        ({0: HeadMaps(torch.ones(2, 3, 8), torch.ones(2, 3, 8))}, "qk_head_dim"),  # of another layer
+        ({1: HeadMaps(torch.ones(2, 3, 8), torch.ones(2, 3, 8))}, "v_head_dim"),
+        ({1: HeadMaps(torch.ones(2, 3, 8), torch.ones(2, 3, 8), torch.ones(2, 5, 8))}, "v_head_dim"),
+    ],
+)
+def test_narrower_heads_need_fitting_maps(tiny_clip, maps, width):
+    whole = LayerPlan((0, 1, 2, 3), tuple(range(64)))
+    plan = PruningPlan((whole, LayerPlan((1, 3), tuple(range(64)), 3, 5), whole))
+    with pytest.raises(ValueError, match=rf"narrows {width} of layer 1 to .*each of the 2 heads\. Pass `maps`"):
+        slice_model(tiny_clip, plan, maps)
+
+
+@pytest.mark.parametrize("width", [{"qk_head_dim": 4}, {"v_head_dim": 4}])
+def test_masks_cannot_narrow_heads(tiny_clip, width):
+    whole = LayerPlan((0, 1, 2, 3), tuple(range(64)))
+    plan = PruningPlan((whole, whole, LayerPlan((0, 1, 2, 3), tuple(range(64)), **width)))
+    with pytest.raises(ValueError, match=r"narrows the heads of layer 2\. Masks can only leave out whole heads"):
+        apply_masks(tiny_clip, plan)
+    dense = PruningPlan((LayerPlan((0, 1), tuple(range(64)), 8, 8), whole, whole))
+    assert plan_of_masks(apply_masks(tiny_clip, dense)).layers[0].heads == (0, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_widths_are_stated_in_the_configuration_and_come_back(tmp_path, tiny_clip, kind):
+    build, sparse = KINDS[kind]
+    query, key, *_ = random_maps(2, 3)
+    *_, value, output = random_maps(2, 5)
+    whole = LayerPlan((0, 1, 2, 3), tuple(range(64)))
+    plan = PruningPlan((whole, LayerPlan((1, 3), tuple(range(40)), 3, 5), LayerPlan((), ())))
+    sliced = slice_model(build(tiny_clip), plan, {1: HeadMaps(query, key, value, output)})
+    sliced.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    layers = values.get("vision_config", values)["per_layer_config"]
+    assert [layers["1"][name] for name in ("num_attention_heads", "qk_head_dim", "v_head_dim")] == [2, 3, 5]
+    again = sparse.from_pretrained(tmp_path)
+    assert torch.equal(tokens(to_sparse(again)), tokens(to_sparse(sliced)))
+    attention = Tower.of(again).layers[1].self_attn
+    assert (attention.qk_head_dim, attention.v_head_dim, attention.num_heads) == (3, 5, 2)
+    # What is narrow already is sliced like any other width: the plan's None keeps it.
+    twice = slice_model(again, PruningPlan((whole, LayerPlan((1,), (0,)), LayerPlan((), ()))))
+    one = slice_model(again, PruningPlan.keep_all([4, 2, 0], [64, 40, 0]))
+    assert torch.equal(tokens(one), tokens(to_sparse(sliced)))
+    assert tuple(Tower.of(twice).layers[1].self_attn.v_proj.weight.shape) == (5, 32)
+
+
+@torch.no_grad()
+def test_queries_and_keys_are_balanced_and_their_products_stay(tiny_clip):
+    dense = vision_of(tiny_clip)
+    query, key, *_ = random_maps(4, 6)
+    query, key = query * 1e4, key * 1e-4  # as a whitening basis may be
+    query[0, 0], key[1, 1] = 0.0, 0.0
+    layer = LayerPlan((0, 1, 2, 3), tuple(range(64)), 6)
+    plan = PruningPlan((layer, *PruningPlan.keep_all([4] * 2, [64] * 2).layers))
+    sliced: Any = slice_model(dense, plan, {0: HeadMaps(query, key)})
+    attention = sliced.encoder.layers[0].self_attn
+    sizes = [p.weight.norm(dim=1) for p in (attention.q_proj, attention.k_proj)]
+    balanced = torch.ones(24, dtype=torch.bool)
+    balanced[[0, 7]] = False
+    torch.testing.assert_close(sizes[0][balanced], sizes[1][balanced])
+    assert float(sizes[0][balanced].max()) < 10
+    stock = dense.encoder.layers[0].self_attn
+    hidden = torch.randn(17, 32, dtype=torch.float64)
+    for head in range(4):
+        rows, new = slice(8 * head, 8 * head + 8), slice(6 * head, 6 * head + 6)
+        q = (hidden @ stock.q_proj.weight[rows].double().T + stock.q_proj.bias[rows].double()) @ query[head].double().T
+        k = hidden @ stock.k_proj.weight[rows].double().T @ key[head].double().T
+        ours = (hidden @ p.weight[new].double().T + p.bias[new].double() for p in (attention.q_proj, attention.k_proj))
+        left, right = ours
+        torch.testing.assert_close(left @ right.T, q @ k.T, rtol=1e-5, atol=1e-6)
