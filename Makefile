@@ -30,8 +30,8 @@ demo: $(VENV)/.demo
 SCENES := .results-scenes
 MEASURED := --model clip-scenes --images calibration --fidelity-images test --segmentation test --classification single
 results: $(VENV)/.demo
-	$(BIN)/hf-opentrans scenes --output $(SCENES)/calibration --count 256 --seed 1
-	$(BIN)/hf-opentrans scenes --output $(SCENES)/test --count 200 --names 40 --seed 2
+	$(BIN)/hf-opentrans scenes --output $(SCENES)/calibration --count 512 --seed 1
+	$(BIN)/hf-opentrans scenes --output $(SCENES)/test --count 100 --names 40 --seed 2
 	$(BIN)/hf-opentrans scenes --output $(SCENES)/single --single --names 100 --count 4 --seed 3
 	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark pruning $(MEASURED) --keep 0.7 0.57 0.5 --seeds 3 \
 		--json pruning-clip-scenes.json

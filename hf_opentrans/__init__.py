@@ -14,12 +14,14 @@ from .models.segmentation_result import SegmentationResult
 from .models.segmenting import segment
 from .models.vocabulary import Vocabulary
 from .pruning import (
+    LatencyTable,
     PruningConfig,
     PruningPlan,
     PruningReport,
     PruningResult,
     Subnetwork,
     apply_masks,
+    measure_latency_table,
     prune_model,
     slice_model,
 )
@@ -37,6 +39,7 @@ DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentati
 
 __all__ = [
     "DenseCLIPForSegmentation",
+    "LatencyTable",
     "OpenVocabularyProcessor",
     "OpenVocabularySegmenterOutput",
     "PruningConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "Subnetwork",
     "Vocabulary",
     "apply_masks",
+    "measure_latency_table",
     "prune_model",
     "segment",
     "slice_model",

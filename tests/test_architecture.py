@@ -20,6 +20,7 @@ CLIP = "models.modeling_sparse_clip"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
 ALL_BUT_CLI = "_* models* data* pruning* loading evaluation benchmark* demo*"
 MAY_IMPORT = {
+    "__main__": "cli",
     "_optional": "",
     "_*": "_*",
     "models": "models.*",

@@ -2,6 +2,7 @@
 
 import sys
 
+from hf_opentrans._memory import keep_freed_memory
 from hf_opentrans.cli import benchmark as _benchmark  # noqa: F401 (registers its commands)
 from hf_opentrans.cli import commands as _commands  # noqa: F401
 from hf_opentrans.cli import latency as _latency  # noqa: F401
@@ -11,5 +12,6 @@ from hf_opentrans.loading import quiet_transformers
 
 def main() -> None:
     """Run the command line."""
+    keep_freed_memory()
     with quiet_transformers():
         app(args=repeat_options(sys.argv[1:]), prog_name="hf-opentrans")

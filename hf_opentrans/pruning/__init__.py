@@ -1,5 +1,6 @@
 """One-shot structured pruning of CLIP vision towers. Start reading in `prune.py`."""
 
+from .latency import LatencyTable, measure_latency_table
 from .plan import LayerPlan, PruningConfig, PruningPlan
 from .prune import PruningResult, prune_model
 from .report import LayerReport, PruningReport
@@ -7,6 +8,7 @@ from .subnetwork import Subnetwork
 from .surgery import apply_masks, slice_model, to_sparse
 
 __all__ = [
+    "LatencyTable",
     "LayerPlan",
     "LayerReport",
     "PruningConfig",
@@ -15,6 +17,7 @@ __all__ = [
     "PruningResult",
     "Subnetwork",
     "apply_masks",
+    "measure_latency_table",
     "prune_model",
     "slice_model",
     "to_sparse",

@@ -119,7 +119,7 @@ def test_a_budget_below_the_floors_names_the_floor_and_the_lowest_value(solver):
     assert [size.units for size in sizes] == [1, 1, 1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(lowest=st.floats(0.01, 0.99))
 def test_the_advice_of_the_message_is_possible(lowest):
     budget = Budget("params", Units(), 100.0, lowest / 2, lowest, "the floors")
@@ -134,7 +134,7 @@ def test_the_advice_of_the_message_is_possible(lowest):
 # --- all solvers ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(menus=menus_of_towers(), rest=st.integers(0, 80), solver=st.sampled_from(SOLVERS))
 def test_choices_are_from_the_menus_within_the_budget_and_nothing_more_fits(menus, rest, solver):
     budget = spendable(menus, rest)
@@ -159,7 +159,7 @@ def test_keep_one_is_dense_even_where_a_smaller_size_is_free(solver, keep):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_free_reduction_is_taken_where_something_must_go(solver):
     menus = [make_menu(0, [0, 0, 7]), make_menu(1, [0, 1, 7])]
-    sizes = allocate(menus, spendable(menus, 2), solver)  # five of six units
+    sizes = allocate(menus, spendable(menus, 3), solver)  # five of six units
     assert [size.units for size in sizes] == [2, 3]
 
 
@@ -182,7 +182,7 @@ def test_an_unknown_solver_is_refused():
 # --- dp ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(menus=menus_of_towers(), rest=st.sampled_from(EXACT))
 def test_dp_finds_the_best_of_all_choices(menus, rest):
     budget = spendable(menus, rest)
@@ -192,7 +192,7 @@ def test_dp_finds_the_best_of_all_choices(menus, rest):
     assert error_of(sizes) == brute_force(menus, budget.allowed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(menus=menus_of_towers(), rest=st.floats(0.5, 70.0))
 def test_dp_is_as_good_as_all_choices_of_a_budget_less_the_rounding(menus, rest):
     budget = spendable(menus, rest)
@@ -200,18 +200,12 @@ def test_dp_is_as_good_as_all_choices_of_a_budget_less_the_rounding(menus, rest)
         return
     sizes = allocate(menus, budget, "dp")
     check_valid(menus, sizes, budget)
-    best = brute_force(menus, budget.allowed)
-    if rest > 2 * len(menus) * rest / BINS:
-        nearly = brute_force(menus, budget.allowed - len(menus) * rest / BINS) if _fits(menus, budget, rest) else None
-        assert best <= error_of(sizes)
-        assert nearly is None or error_of(sizes) <= nearly
+    assert brute_force(menus, budget.allowed) <= error_of(sizes)
+    # Every sublayer's cost is rounded up by one bin at most.
+    assert error_of(sizes) <= brute_force(menus, budget.allowed - len(menus) * rest / BINS)
 
 
-def _fits(menus, budget, rest):
-    return min(cost_of(menus, c) for c in itertools.product(*(m.sizes for m in menus))) <= budget.allowed - rest / 2
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(menus=menus_of_towers(), rest=st.sampled_from(EXACT))
 def test_dp_is_never_worse_than_the_other_solvers(menus, rest):
     budget = spendable(menus, rest)
@@ -219,7 +213,7 @@ def test_dp_is_never_worse_than_the_other_solvers(menus, rest):
     assert all(best <= other + 1e-9 for other in others)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(menus=menus_of_towers())
 def test_dp_loses_no_more_with_more_budget(menus):
     budgets = [budget for budget in (spendable(menus, rest) for rest in EXACT) if budget.keep < 1]
@@ -241,7 +235,7 @@ def test_dp_beats_the_hulls_where_menus_are_not_convex():
 # --- lagrangian ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(parts=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=5), min_size=1, max_size=3))
 def test_lagrangian_is_exact_on_convex_menus(parts):
     """With convex errors and units of one price, taking the cheapest first is optimal at every budget."""
@@ -249,11 +243,11 @@ def test_lagrangian_is_exact_on_convex_menus(parts):
     for rest in range(sum(map(len, parts))):
         budget = spendable(menus, rest)
         sizes = allocate(menus, budget, "lagrangian")
-        assert cost_of(menus, sizes) == sum(1 for _ in menus) + rest
+        assert cost_of(menus, sizes) == len(menus) + rest
         assert error_of(sizes) == brute_force(menus, budget.allowed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(menus=menus_of_towers())
 def test_lagrangian_is_exact_where_a_corner_meets_the_budget(menus):
     fronts = [[(c, size.error) for c, size in pareto(menu, Units())] for menu in menus]
@@ -271,7 +265,7 @@ def test_lagrangian_is_exact_where_a_corner_meets_the_budget(menus):
             assert error_of(allocate(menus, budget, "lagrangian")) == brute_force(menus, budget.allowed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(heights=st.lists(st.integers(-20, 20), min_size=1, max_size=9), gaps=st.lists(st.integers(1, 5), min_size=9))
 def test_lower_hull_is_the_greatest_convex_function_below(heights, gaps):
     xs = list(itertools.accumulate(gaps[: len(heights)]))
@@ -303,7 +297,7 @@ def test_lower_hull_agrees_with_scipy(seed):
 # --- uniform -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(layers=st.integers(1, 4), width=st.sampled_from([10, 20, 40]), data=st.data())
 def test_uniform_keeps_the_same_share_of_every_cost(layers, width, data):
     """Neurons and heads of any widths: where one share fits exactly, everything gets it, whatever the errors."""
@@ -319,7 +313,7 @@ def test_uniform_keeps_the_same_share_of_every_cost(layers, width, data):
     assert shares == pytest.approx([tenths / 10] * len(menus))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), rest=st.integers(0, 60))
 def test_uniform_gives_every_sublayer_the_largest_common_share_at_least(data, rest):
     counts = data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=4))
@@ -341,7 +335,7 @@ def test_uniform_gives_every_sublayer_the_largest_common_share_at_least(data, re
 # --- pareto and the rest -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(menus=menus_of_towers(most=1))
 def test_pareto_keeps_what_nothing_beats(menus):
     (menu,) = menus
@@ -352,7 +346,7 @@ def test_pareto_keeps_what_nothing_beats(menus):
     assert all(menu.cost(size, Units()) == cost and size in menu.sizes for cost, size in front)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(menus=menus_of_towers(), rest=st.integers(0, 70), data=st.data())
 def test_spending_the_rest_only_improves(menus, rest, data):
     budget = spendable(menus, rest)

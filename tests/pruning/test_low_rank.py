@@ -18,7 +18,8 @@ def draw(seed, *shape):
 
 def samples(seed, mean=0.0):
     """Return vectors per head, `(heads, rows, width)`, with correlated entries."""
-    return draw(seed, HEADS, ROWS, WIDTH) @ draw(seed + 1, HEADS, WIDTH, WIDTH) + mean
+    left, right = (torch.linalg.qr(draw(seed + k, HEADS, WIDTH, WIDTH)).Q for k in (1, 100))
+    return draw(seed, HEADS, ROWS, WIDTH) @ (left * torch.linspace(0.2, 2.0, WIDTH).double() @ right) + mean
 
 
 def second_moment(rows):

@@ -8,7 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from hf_opentrans import SparseCLIPVisionConfig, SparseCLIPVisionModel, SparseCLIPVisionModelWithProjection
-from hf_opentrans.pruning.macs import LayerWidths, TowerCost, count_macs, count_params, layer_widths
+from hf_opentrans.pruning import LayerPlan, PruningPlan
+from hf_opentrans.pruning.macs import CountedCost, LayerWidths, TowerCost, count_macs, count_params, layer_widths
+from hf_opentrans.pruning.surgery import apply_masks
+from hf_opentrans.pruning.tower import Tower
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 layers = st.fixed_dictionaries(
@@ -83,3 +86,49 @@ def test_one_head_and_one_neuron_less(tiny_clip_config, unit, count):
     less = {1: {"num_attention_heads": 3}, 2: {"intermediate_size": 63}}
     smaller = count(SparseCLIPVisionConfig(**values | {"per_layer_config": less}))
     assert dense - smaller == cost.head(unit, 8, 8) + cost.neuron(unit)
+
+
+@pytest.mark.parametrize(("qk", "v"), [(8, 8), (2, 8), (8, 2), (5, 3), (1, 64)])
+def test_attention_products_run_at_the_larger_width(tiny_clip_config, qk, v):
+    """`pad_heads` fills up the narrower side: PyTorch's counter sees it, and so must the model of the costs."""
+    values = tiny_clip_config(num_hidden_layers=1).vision_config.to_dict()
+    values.pop("model_type")
+    shape = {"num_attention_heads": 3, "qk_head_dim": qk, "v_head_dim": v}
+    config = SparseCLIPVisionConfig(**values | {"per_layer_config": {0: shape}})
+    model = SparseCLIPVisionModel(config).requires_grad_(False)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 32, 32))
+    by_operation = {str(name): count / 2 for name, count in counter.get_flop_counts()["Global"].items()}
+    assert by_operation["aten.bmm"] == 2 * 17**2 * 3 * max(qk, v)
+    cost = TowerCost.of(config)
+    assert cost.head("macs", qk, v) == 17 * 2 * 32 * (qk + v) + 2 * 17**2 * max(qk, v)
+    assert cost.head("params", qk, v) == 2 * 32 * (qk + v) + 2 * qk + v
+
+
+@QUICK
+@given(
+    per_layer=st.lists(layers, min_size=3, max_size=3),
+    unit=st.sampled_from(["macs", "params"]),
+    projection=st.booleans(),
+)
+def test_counted_cost_adds_up_to_the_tower(tiny_clip_config, per_layer, unit, projection):
+    values = tiny_clip_config().vision_config.to_dict()
+    values.pop("model_type")
+    config = SparseCLIPVisionConfig(**values | {"per_layer_config": dict(enumerate(per_layer))})
+    widths, tower = layer_widths(config), TowerCost.of(config, projection=projection)
+    cost = CountedCost(tower, unit, sum(w.has_attention + w.has_mlp for w in widths))
+    parts = [cost.attention(w.heads, w.qk_head_dim, w.v_head_dim) + cost.mlp(w.neurons) for w in widths]
+    expected = (
+        count_macs(config, projection=projection) if unit == "macs" else count_params(config, projection=projection)
+    )
+    assert cost.fixed() + sum(parts) == tower.total(unit, widths) == expected
+
+
+def test_masks_save_nothing(tiny_clip):
+    """Masked units are still computed; only slicing makes a model cheaper."""
+    dense = tiny_clip.vision_model.config
+    masked = Tower.of(apply_masks(tiny_clip, PruningPlan((LayerPlan((0,), (1, 2)),) * 3))).vision.config
+    assert layer_widths(masked) == layer_widths(dense)
+    assert count_macs(masked) == count_macs(dense)
+    assert count_params(masked) == count_params(dense)

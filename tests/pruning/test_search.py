@@ -54,7 +54,7 @@ def problems(draw):
     return menus, draw(st.integers(len(menus), sum(counts) - 1)), draw(st.integers(0, 99))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problem=problems(), seed=st.integers(0, 5))
 def test_never_worse_never_over_the_budget_and_reproducible(problem, seed):
     menus, units, salt = problem
