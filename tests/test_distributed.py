@@ -107,8 +107,8 @@ def launch(folder: Path, script: str, *arguments: str) -> "subprocess.CompletedP
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(Path(distributed.__file__).parents[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(PROCESSES)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", "0", str(folder / "script.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    command += ["--standalone", str(folder / "script.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -13,12 +13,13 @@
 | torch-pruning | heads, neurons; its group magnitude | same ratio everywhere | none |
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .allocation import TOLERANCE, Budget, spend_rest
+from .allocation import TOLERANCE, Budget
 from .calibration import Statistics
 from .menus import diagonal_blocks, fewest_neurons
 from .plan import PruningConfig
@@ -103,7 +104,8 @@ def baseline_menus(tower: Tower, scores: Sequence[Scores], config: PruningConfig
         order = tuple(torch.argsort(score.units, stable=True).tolist())
         ranked = score.units[list(order)].double()
         if config.method == "flap":
-            ranked = (ranked - ranked.mean()) / ranked.std().clamp(min=torch.finfo(torch.float64).tiny)
+            deviation = ranked.std() if len(ranked) > 1 else torch.ones_like(ranked[0])
+            ranked = (ranked - ranked.mean()) / deviation.clamp(min=torch.finfo(torch.float64).tiny)
         dense, sizes = len(order), []
         for width in _baseline_widths(tower, score, config):
             last = float(ranked[dense - width - 1]) if width < dense else float(ranked[0]) - 1
@@ -144,7 +146,7 @@ def allocate_baseline(menus: Sequence[Menu], budget: Budget, config: PruningConf
     for threshold in sorted({size.error for menu in menus for size in menu.sizes}):
         sizes = [_at(menu, threshold) for menu in menus]
         if budget.share(menus, sizes) <= budget.keep + 1e-9:
-            best = spend_rest(menus, sizes, budget)
+            best = _fill(menus, sizes, budget)
             break
     if best is None or budget.share(menus, best) < budget.keep - TOLERANCE:
         raise ValueError(
@@ -157,7 +159,25 @@ def allocate_baseline(menus: Sequence[Menu], budget: Budget, config: PruningConf
 def _at(menu: Menu, threshold: float) -> Size:
     """Return the smallest size that the threshold has reached; the dense one where it has reached none."""
     reached = [size for size in menu.sizes if size.error <= threshold]
-    return max(reached, key=lambda size: size.error, default=menu.sizes[0])
+    return max(reached, key=lambda size: (size.error, -size.units), default=menu.sizes[0])
+
+
+def _fill(menus: Sequence[Menu], sizes: Sequence[Size], budget: Budget) -> list[Size]:
+    """Spend what the coarse threshold left: one step more for the MLP that has lost most, while something fits."""
+    sizes = list(sizes)
+    while True:
+        larger: list[tuple[float, int, Size]] = []
+        for index, (menu, size) in enumerate(zip(menus, sizes, strict=True)):
+            wider = [s for s in menu.sizes if menu.kind == "neurons" and s.units > size.units]
+            if wider:
+                larger.append((-size.error, index, min(wider, key=lambda s: s.units)))
+        for _, index, size in sorted(larger, key=lambda entry: entry[:2]):
+            changed = [*sizes[:index], size, *sizes[index + 1 :]]
+            if budget.share(menus, changed) <= budget.keep + 1e-9:
+                sizes = changed
+                break
+        else:
+            return sizes
 
 
 def coordinate_maps(
@@ -214,12 +234,14 @@ def zero_smallest(tower: Tower, budget: Budget) -> int:
     count = sum(matrix.numel() for matrix in matrices)
     kept = count - (1 - budget.keep) * budget.dense / per_weight
     if kept < 0:
+        lowest = math.ceil(1000 - 1000 * count * per_weight / budget.dense) / 1000
         raise ValueError(
             f"keep={budget.keep:g} of the {budget.unit} is below what method='imp' can reach: attention products and "
-            f"fixed parts stay. Raise keep to {1 - count * per_weight / budget.dense:.3f} or more."
+            f"fixed parts stay. Raise keep to {lowest} or more."
         )
     sizes = torch.cat([matrix.abs().flatten() for matrix in matrices])
-    threshold = sizes.sort().values[count - int(kept) - 1] if int(kept) < count else sizes.new_tensor(-1.0)
-    for matrix in matrices:
-        matrix.mul_(matrix.abs() > threshold)
-    return sum(int((matrix == 0).sum()) for matrix in matrices)
+    gone = torch.zeros(count, dtype=torch.bool, device=sizes.device)
+    gone[sizes.argsort(stable=True)[: count - int(kept)]] = True  # by rank: weights of one size may be many
+    for matrix, is_gone in zip(matrices, gone.split([matrix.numel() for matrix in matrices]), strict=True):
+        matrix.masked_fill_(is_gone.view_as(matrix), 0.0)
+    return int(gone.sum())

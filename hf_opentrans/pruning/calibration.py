@@ -177,8 +177,7 @@ def token_weights(rows: torch.Tensor) -> torch.Tensor:
     weights[:, 0] = patches * CLASS_TOKEN_SHARE / (1 - CLASS_TOKEN_SHARE)
     distances = (rows - rows.mean((0, 1))).norm(dim=-1)
     limit = torch.quantile(distances.flatten().float(), OUTLIER_QUANTILE).to(distances)
-    tiny = torch.finfo(distances.dtype).tiny
-    return (weights * (limit / distances.clamp(min=tiny)).square().clamp(max=1.0)).flatten()
+    return torch.where(distances > limit, weights * (limit / distances).square(), weights).flatten()
 
 
 Statistics = dict[str, tuple[CovarianceStatistics, CovarianceStatistics]]

@@ -130,7 +130,7 @@ class _Residual:
 
 
 def oas_ridge(covariance: torch.Tensor, rows: int) -> float:
-    """Return the shrinkage of the oracle approximating estimator (Chen et al. 2010), as a ridge in (0, 1]."""
+    """Return the shrinkage in (0, 1] of the oracle approximating estimator (Chen et al. 2010), which CORP uses."""
     width = len(covariance)
     squared, traced = float(covariance.square().sum()), float(covariance.diagonal().sum()) ** 2
     spread = (rows + 1 - 2 / width) * (squared - traced / width)

@@ -28,7 +28,7 @@ def evolve(
 
     Args:
         menus: All sublayers.
-        sizes: Where to start; meets the budget.
+        sizes: Where to start; of each menu one that no other beats in both cost and error, as `allocate` returns them.
         budget: What may stay; every child meets it.
         score: Higher is better; called once per new child.
         steps: Children.

@@ -51,7 +51,7 @@ class Menu:
 def rounded_widths(dense: int, fewest: int, step: int) -> list[int]:
     """Return the widths from `dense` down to `fewest` that are multiples of `step`, and `dense` itself, descending."""
     widths = [width for width in range(dense // step * step, 0, -step) if fewest <= width < dense]
-    return [dense, *widths, *([0] if fewest == 0 else [])]
+    return [dense, *widths, *([0] if fewest == 0 < dense else [])]
 
 
 def neuron_step(dense: int, asked: int | None) -> int:
