@@ -210,7 +210,7 @@ class Harness:
         )
         if row.class_token_cosine is not None and row.patch_token_cosine is not None:
             error = 2 * (1 - row.class_token_cosine) + 2 * (1 - row.patch_token_cosine)  # of unit vectors
-            row = replace(row, realised_error=error)
+            row = replace(row, realised_error=max(error, 0.0))
         return Compared(row, model, result)
 
     def measure(self, method: str, keep: float, model: DenseCLIPForSegmentation) -> MethodRow:

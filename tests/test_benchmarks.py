@@ -238,7 +238,12 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, engine, benchmark):
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     results, _ = benchmark(whole, RUNS)
     assert [row.key for row in results.rows[1:]] == [run.key for run in RUNS]
-    assert results.rows[1].to_dict() | {"speed_up": 1.5, "realised_error": 0.25} == results.rows[1].to_dict()
+    first = results.rows[1]
+    assert first.to_dict() | {"speed_up": 1.5, "predicted_error": 0.5} == first.to_dict()
+    assert first.class_token_cosine is not None
+    assert first.patch_token_cosine is not None
+    lost = 4 - 2 * first.class_token_cosine - 2 * first.patch_token_cosine  # of unit vectors, on unseen images
+    assert first.realised_error == pytest.approx(max(lost, 0))
     engine.calls.clear()
     engine.stop_after = 3
     with pytest.raises(KeyboardInterrupt):

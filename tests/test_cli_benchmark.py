@@ -52,7 +52,9 @@ def test_everything_is_measured_and_a_picture_drawn(tmp_path, tiny_images, image
     assert code == 0, error
     values = json.loads(target.read_text())
     keys = [(row["method"], row["keep"], row["seed"]) for row in values["rows"]]
-    expected = [(m, k, s) for k in (0.8, 0.7) for s in (5, 6) for m in ("magnitude", "random")]
+    expected = [
+        (m, k, s) for k in (0.8, 0.7) for s in (5, 6) for m in ("magnitude", "random") if (m, s) != ("magnitude", 6)
+    ]
     assert keys == [("dense", 1.0, None), *expected]
     dense, *pruned = values["rows"]
     assert dense["class_token_cosine"] == pytest.approx(1)
@@ -66,15 +68,15 @@ def test_everything_is_measured_and_a_picture_drawn(tmp_path, tiny_images, image
         assert None not in (row["patch_token_cosine"], row["mean_iou"], row["pixel_accuracy"])
     assert (values["settings"]["num_images"], values["skipped"]) == (8, [])
     assert values["environment"]["versions"]["torch"]
-    assert "8 runs: 0 in the file already, 8 to do." in error
-    assert "The dense model is measured. 8 runs x" in error
-    assert "left for 7 runs" in error
+    assert "6 runs: 0 in the file already, 6 to do." in error
+    assert "The dense model is measured. 6 runs x" in error
+    assert "left for 5 runs" in error
     assert "±" in out
     assert "what it costs" in out
     with Image.open(target.with_suffix(".png")) as picture:
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10
     code, again, error = run(*base, *options, "--methods", "magnitude", "random", "--json", target)
-    assert (code, error, again) == (0, "8 runs: 8 in the file already, 0 to do.", out)
+    assert (code, error, again) == (0, "6 runs: 6 in the file already, 0 to do.", out)
 
 
 def test_other_settings_are_refused(tmp_path, base, images):

@@ -38,7 +38,7 @@ from hf_opentrans.models.segmenting import segment as segment_images
 from hf_opentrans.models.vocabulary import Vocabulary
 from hf_opentrans.pruning.latency import LatencyTable
 from hf_opentrans.pruning.macs import TowerCost, layer_widths
-from hf_opentrans.pruning.plan import METHODS, SEARCHES, SOLVERS, STRUCTURES, UNITS, PruningConfig
+from hf_opentrans.pruning.plan import METHODS, SEARCHES, SOLVERS, UNITS, PruningConfig
 from hf_opentrans.pruning.prune import make_budget, prune_model
 from hf_opentrans.pruning.report import REPORT_FILE, PruningReport
 from hf_opentrans.pruning.tower import Tower
@@ -49,6 +49,11 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Mode = Annotated[str | None, typer.Option(help=f"{' | '.join(SEGMENTATION_MODES)}; default: the model's own.")]
 Keep = Annotated[float, typer.Option(help="Share of the budget to keep, in (0, 1].")]
 Resolution = Annotated[int | None, typer.Option(min=1, help="Short side in pixels; default: the model's own.")]
+Method = Annotated[
+    str, typer.Option(help=f"{' | '.join(METHODS)}: obs is ours, the others are published methods and controls.")
+]
+Structures = Annotated[str, typer.Option(help="What obs may reduce, of mlp,heads,ranks (widths inside heads).")]
+TableFile = Annotated[Path | None, typer.Option(help="File of `latency-table`; needed for --unit latency.")]
 Inference = Annotated[str, typer.Option(help="whole | slide (overlapping windows).")]
 # Fields of `LayerWidths` and the configuration's key for the dense value.
 _WIDTHS = {
@@ -90,18 +95,12 @@ def prune(
     keep: Keep = 0.6,
     unit: Annotated[str, typer.Option(help=f"{' | '.join(UNITS)}: what --keep counts.")] = "macs",
     resolution: Annotated[int | None, typer.Option(help="Side of the square crops; default: image_size.")] = None,
-    method: Annotated[
-        str, typer.Option(help=f"{' | '.join(METHODS)}: obs is ours, the others are published methods and controls.")
-    ] = "obs",
-    structures: Annotated[
-        str, typer.Option(help="What obs may reduce, of mlp,heads,ranks (widths inside heads).")
-    ] = ",".join(STRUCTURES),
+    method: Method = "obs",
+    structures: Structures = "mlp,heads,ranks",
     refit: Annotated[bool, typer.Option(help="Rebuild in depth order on the pruned model's own stream.")] = True,
     solver: Annotated[str, typer.Option(help=f"{' | '.join(SOLVERS)}: how the budget is spread.")] = "dp",
     search: Annotated[str, typer.Option(help=f"{' | '.join(SEARCHES)}: refine the choice on real outputs.")] = "none",
-    latency_table: Annotated[
-        Path | None, typer.Option(help="File of `latency-table`; needed for --unit latency.")
-    ] = None,
+    latency_table: TableFile = None,
     num_images: Annotated[int, typer.Option(help="Images to draw at random; all where there are fewer.")] = 1024,
     seed: Seed = 0,
     min_heads: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
@@ -129,11 +128,6 @@ def prune(
             round_neurons=round_neurons,
             round_head_dim=round_head_dim,
         )
-        if unit == "latency" and latency_table is None:
-            raise ValueError(
-                "--unit is latency and there is no --latency-table. Times have to be measured on this device first. "
-                f"Run: hf-opentrans latency-table {model}"
-            )
     if plot is not None:
         require("demo", "matplotlib")
     table = LatencyTable.load(latency_table) if latency_table is not None else None
@@ -142,38 +136,36 @@ def prune(
     loaded = load_clip(model)
     with usage():
         make_budget(Tower.of(loaded.model), config, table)
-    result = prune_model(
-        loaded.model,
-        images,
-        config,
-        image_processor=loaded.image_processor,
-        latency_table=table,
-        progress=shows_progress(),
-    )
+    options = {"image_processor": loaded.image_processor, "latency_table": table, "progress": shows_progress()}
+    result = prune_model(loaded.model, images, config, **options)
     result.save_pretrained(output, loaded.processor, disk_dtype=loaded.disk_dtype)
     if not is_main_process():
         return
     report = result.report
     if plot is not None:
         report.plot(plot)
-    show_table(_layer_table(report), title=f"{model} pruned by {method} to keep {keep:g} of its {unit}")
     disk = {"dense": _weight_bytes(Path(loaded.path)), "pruned": _weight_bytes(output)}
+    show_table(_layer_table(report), title=f"{model} pruned by {method} to keep {keep:g} of its {unit}")
+    _print_summary(report, disk, output)
+    save_json(json_file, command_line(), {"model": model, "report": report.to_dict(), "bytes": disk, "seed": seed})
+
+
+def _print_summary(report: PruningReport, disk: dict[str, int | None], output: Path) -> None:
     for name, before, after in (
         ("MACs", report.dense_macs, report.macs),
         ("params", report.dense_params, report.params),
     ):
         out.print(f"{name} of the vision tower: {before / 1e6:,.1f} M -> {after / 1e6:,.1f} M ({after / before:.1%})")
-    if disk["dense"] and disk["pruned"]:
-        out.print(f"weights on disk (all towers): {disk['dense'] / 1e6:,.1f} MB -> {disk['pruned'] / 1e6:,.1f} MB")
-    out.print(f"Took {report.seconds['total']:.1f} s for {report.calibration_images} images. Saved to {output}.")
     if report.nominal_macs is not None:
         out.print(f"nominal MACs, if zeros cost nothing: {report.nominal_macs / 1e6:,.1f} M")
+    if disk["dense"] and disk["pruned"]:
+        out.print(f"weights on disk (all towers): {disk['dense'] / 1e6:,.1f} MB -> {disk['pruned'] / 1e6:,.1f} MB")
     if report.realised_error is not None:
         predicted = "" if report.predicted_error is None else f" (the menus expected {report.predicted_error:.2e})"
         out.print(f"squared change of the tokens on calibration images: {report.realised_error:.2e}{predicted}")
+    out.print(f"Took {report.seconds['total']:.1f} s for {report.calibration_images} images. Saved to {output}.")
     for note in report.notes:
         out.print(f"Note: {note}")
-    save_json(json_file, command_line(), {"model": model, "report": report.to_dict(), "bytes": disk, "seed": seed})
 
 
 def _layer_table(report: PruningReport) -> tuple[list[str], list[list[str]]]:

@@ -23,6 +23,8 @@ from .tower import Tower
 CLASS_TOKEN_SHARE = 0.1
 # Share of a batch's tokens whose distance from the mean is taken as it is.
 OUTLIER_QUANTILE = 0.999
+# Calibration images are doubted where fewer than this share of them differ.
+SHARE_OF_COPIES = 0.1
 # Design measurements: below about ten rows per column, least squares fits noise.
 ROWS_PER_COLUMN = 10
 
@@ -134,11 +136,25 @@ def load_calibration(
         image = image.get("image", image) if isinstance(image, dict) else image
         pixels.append(center_crop(image, processor, side))
         on_image()
+    if config.method not in WITHOUT_STATISTICS:
+        notes += _check_copies(pixels)
     held = max(1, round(len(pixels) * config.held_out)) if len(pixels) > 1 else 0
     stacked = torch.stack(pixels)
     digest = hashlib.sha256(stacked.numpy().tobytes()).hexdigest()
     fit, held_out = stacked[held:].split(config.batch_size), stacked[: held or 1].split(config.batch_size)
     return Calibration(fit, held_out, digest, len(pixels), notes)
+
+
+def _check_copies(pixels: list[torch.Tensor]) -> tuple[str, ...]:
+    different = len({hash(image.numpy().tobytes()) for image in pixels})
+    if different > SHARE_OF_COPIES * len(pixels):
+        return ()
+    note = (
+        f"Only {different} of the {len(pixels)} calibration images differ. Copies teach nothing, and held-out copies "
+        "cannot warn of overfitting. Give different images."
+    )
+    warnings.warn(note, UserWarning, stacklevel=5)
+    return (note,)
 
 
 def _check_tokens(tokens: int, widest: int, images: int) -> tuple[str, ...]:

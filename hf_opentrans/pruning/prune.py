@@ -1,5 +1,6 @@
 """One-shot structured pruning of a CLIP vision tower from unlabelled images: the method, in order."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from .calibration import Calibration, list_images, load_calibration
 from .latency import LatencyTable
 from .macs import CostModel, CountedCost, LayerWidths, TowerCost, layer_widths
 from .menus import fewest_neurons
-from .plan import PruningConfig, PruningPlan
+from .plan import STRUCTURES, PruningConfig, PruningPlan
 from .refit import rebuild
 from .report import REPORT_FILE, PruningReport
 from .selection import Selection, recipe_of, select_baseline, select_ours
@@ -58,9 +59,13 @@ class PruningResult:
             disk_dtype: Precision of the weights on disk, for example the base model's float16. The configuration
                 keeps the model's own, so the model loads in that. Defaults to the model's.
         """
-        if not is_main_process():  # the first of several processes writes
+        try:
+            if is_main_process():  # of several processes
+                self._write(folder, processor, disk_dtype)
+        finally:
             wait_for_all()
-            return
+
+    def _write(self, folder: str | Path, processor: Any, disk_dtype: torch.dtype | None) -> None:
         with write_folder(folder, marker=REPORT_FILE) as target:
             state = self.model.state_dict()
             self.model.save_pretrained(target, state_dict={k: v.to(disk_dtype or v.dtype) for k, v in state.items()})
@@ -68,7 +73,6 @@ class PruningResult:
                 processor.save_pretrained(target)
             self.subnetwork.save_pretrained(target / SUBNETWORK_FOLDER)
             self.report.save(target)
-        wait_for_all()
 
 
 @torch.inference_mode(mode=False)  # the probes need gradients, whatever mode the caller is in
@@ -128,13 +132,18 @@ def prune_model(
             )
         error = realised_error(tower, Tower.of(small), calibration)
     report = make_report(tower, Tower.of(small), choice, rebuilt, calibration, config, budget, run.seconds)
+    if not math.isfinite(error):
+        raise ValueError(
+            "The final tokens are not finite on the calibration images. Pruning needs finite numbers. Check the "
+            "weights and the images, or load the model in float32."
+        )
     report = replace(report, realised_error=error)
     if zeros is not None:  # each weight is used once per token
         tokens = report.calibration_tokens // report.calibration_images
         report = replace(report, nominal_macs=report.dense_macs - zeros * tokens)
     small = small.to(next(model.parameters()).dtype)  # pyright: ignore[reportArgumentType]
     _record_origin(small, model, report)
-    return PruningResult(small, _subnetwork(model, dense, small, choice.plan, calibration, report), report)
+    return PruningResult(small, _subnetwork(model, dense, small, choice.plan, calibration, report, budget), report)
 
 
 def _select(
@@ -167,7 +176,7 @@ def make_budget(tower: Tower, config: PruningConfig, latency_table: LatencyTable
     cost = _cost_model(tower, config, latency_table)
     dense, lowest = (_total(cost, w) for w in (widths, tuple(_lowest(tower, config))))
     floor = f"the floors min_heads={config.min_heads} and min_neurons={config.min_neurons:g} per layer"
-    if config.structures != ("mlp", "heads", "ranks"):
+    if config.method == "obs" and config.structures != STRUCTURES:
         floor += f" and structures={', '.join(config.structures)}"
     if config.protect_last_attention:
         floor += " and protect_last_attention"
@@ -288,6 +297,7 @@ def _subnetwork(
     plan: PruningPlan,
     calibration: Calibration,
     report: PruningReport,
+    budget: Budget,
 ) -> Subnetwork:
     name, revision = _origin(model)
     tower, config = Tower.of(small), report.config
@@ -312,6 +322,6 @@ def _subnetwork(
             "unit": config["unit"],
             "keep": config["keep"],
             "realised_keep": report.realised_keep,
-            "dense": report.dense_params if config["unit"] == "params" else report.dense_macs,
+            "dense": budget.dense,
         },
     )

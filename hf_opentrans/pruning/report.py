@@ -124,6 +124,7 @@ class PruningReport:
         if not path.exists():
             raise FileNotFoundError(f"There is no {REPORT_FILE} in {str(folder)!r}. Give a folder that pruning wrote.")
         values = json.loads(path.read_text(encoding="utf-8"))
+        values["config"]["structures"] = tuple(values["config"].get("structures", ()))
         values["layers"] = tuple(LayerReport(**layer) for layer in values["layers"])
         curves: list[dict[str, Any]] = values.get("curves", [])
         values["curves"] = tuple(

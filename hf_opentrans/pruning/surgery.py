@@ -188,7 +188,8 @@ def _transform(state: dict[str, torch.Tensor], name: str, change: torch.Tensor) 
 
 def _balance(state: dict[str, torch.Tensor], query: str, key: str) -> None:
     """Give matching rows of queries and keys weights of one size: their product is what counts, fp16 holds it then."""
-    query_size, key_size = (state[f"{name}.weight"].norm(dim=1) for name in (query, key))
+    key_size = state[f"{key}.weight"].norm(dim=1)
+    query_size = torch.cat([state[f"{query}.weight"], state[f"{query}.bias"][:, None]], 1).norm(dim=1)
     tiny = torch.finfo(query_size.dtype).tiny ** 0.5
     factor = (key_size.clamp(min=tiny) / query_size.clamp(min=tiny)).sqrt()
     state[f"{query}.weight"] = state[f"{query}.weight"] * factor[:, None]

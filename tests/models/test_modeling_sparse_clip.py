@@ -186,13 +186,11 @@ def test_query_key_and_value_widths_may_differ(tiny_clip):
 @pytest.mark.parametrize(("qk", "v"), [(3, 8), (8, 3), (2, 5), (5, 5)])
 @torch.no_grad()
 def test_unequal_widths_are_padded_and_compute_unpadded_attention(qk, v):
-    values = SparseCLIPVisionConfig(
-        hidden_size=32, num_attention_heads=4, intermediate_size=16, num_hidden_layers=1, image_size=32, patch_size=8
-    ).to_dict()
-    values.pop("model_type")
+    values: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 16}
+    values |= {"num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+    values["per_layer_config"] = {0: {"num_attention_heads": 3, "qk_head_dim": qk, "v_head_dim": v}}
     torch.manual_seed(2)
-    layers = {0: {"num_attention_heads": 3, "qk_head_dim": qk, "v_head_dim": v}}
-    model = SparseCLIPVisionModel(SparseCLIPVisionConfig(**values | {"per_layer_config": layers})).eval()
+    model = SparseCLIPVisionModel(SparseCLIPVisionConfig(**values)).eval()
     for parameter in model.parameters():
         parameter.copy_(0.3 * torch.randn_like(parameter))
     attention: Any = model.encoder.layers[0].self_attn

@@ -157,15 +157,21 @@ def test_every_method_meets_its_budget_and_its_model_comes_back(tmp_path, pruned
     assert noted["realised_keep"] == pytest.approx(result.report.realised_keep, abs=1e-6)
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-@pytest.mark.parametrize("method", ["obs", "flap", "random"])
-@pytest.mark.parametrize("keep", [0.9, 0.4])
+@pytest.mark.parametrize(
+    ("keep", "method", "unit"),
+    [
+        (0.9, "obs", "macs"),
+        (0.4, "obs", "macs"),
+        (0.4, "obs", "params"),
+        (0.4, "flap", "macs"),
+        (0.9, "random", "params"),
+    ],
+)
 def test_other_budgets_are_met_without_protection(pruned, keep, method, unit):
     assert_meets(pruned(keep=keep, method=method, unit=unit, **FREE), keep, unit)
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-@pytest.mark.parametrize("keep", [0.99, 0.44])
+@pytest.mark.parametrize(("keep", "unit"), [(0.99, "macs"), (0.44, "params")])
 def test_budgets_near_their_ends_are_met_although_a_head_is_coarse(pruned, keep, unit):
     assert_meets(pruned(keep=keep, unit=unit), keep, unit)
 
@@ -183,7 +189,17 @@ def test_last_attention_is_protected_by_default(tiny_clip, pruned):
     assert not any("protected" in note for note in free.notes)
 
 
-@pytest.mark.parametrize(("method", "unit"), [*((method, "macs") for method in METHODS), ("obs", "params")])
+@pytest.mark.parametrize(
+    ("method", "unit"),
+    [
+        ("obs", "macs"),
+        ("obs", "params"),
+        ("vbp", "macs"),
+        ("corp", "params"),
+        ("imp", "macs"),
+        ("torch-pruning", "macs"),
+    ],
+)
 def test_budget_below_the_floors_raises_and_names_one_that_works(tiny_clip, images, method, unit):
     if method == "torch-pruning":
         pytest.importorskip("torch_pruning")
@@ -195,11 +211,12 @@ def test_budget_below_the_floors_raises_and_names_one_that_works(tiny_clip, imag
 
 
 def test_floors_are_named(tiny_clip, images):
-    for options, floor in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"structures": ("heads",)}, "structures=heads"),
         ({"min_neurons": 0.5, "min_heads": 3}, "min_heads=3 and min_neurons=0.5 per layer"),
         ({}, "protect_last_attention"),
-    ):
+    ]
+    for options, floor in cases:
         with pytest.raises(ValueError, match=floor):
             prune_model(tiny_clip, images, PruningConfig(keep=0.2, **options))
 
@@ -210,7 +227,6 @@ def test_floors_are_named(tiny_clip, images):
         (("mlp",), 0.75, ("heads", "qk_head_dim", "v_head_dim")),
         (("heads",), 0.85, ("qk_head_dim", "v_head_dim", "neurons")),
         (("ranks",), 0.85, ("heads", "neurons")),
-        (("heads", "ranks"), 0.8, ("neurons",)),
         (("mlp", "heads"), 0.6, ("qk_head_dim", "v_head_dim")),
         (("mlp", "ranks"), 0.6, ("heads",)),
     ],
@@ -559,7 +575,6 @@ def test_activations_that_overflow_raise_a_clear_error(tiny_clip, images, method
         prune_model(explode(tiny_clip, layer), images, PruningConfig(keep=0.7, method=method))
 
 
-@pytest.mark.xfail(strict=True, reason="methods that read no activations report an error of NaN and say nothing")
 @pytest.mark.parametrize(
     "options", [*({"keep": 0.7, "method": method} for method in WITHOUT_STATISTICS), {"keep": 1.0}]
 )
@@ -567,7 +582,7 @@ def test_activations_that_overflow_are_never_passed_over(tiny_clip, images, opti
     if options.get("method") == "torch-pruning":
         pytest.importorskip("torch_pruning")
     try:
-        report = prune_model(explode(tiny_clip, 0), images, PruningConfig(**options)).report
+        report: Any = prune_model(explode(tiny_clip, 0), images, PruningConfig(**options)).report
     except ValueError as error:
         assert "not finite" in str(error)  # noqa: PT017 - an error and a note are both right
     else:
@@ -580,22 +595,27 @@ def test_constant_images_give_finite_models(tiny_clip, held_out_pixels, method):
     if method == "torch-pruning":
         pytest.importorskip("torch_pruning")
     constant = [Image.new("RGB", (40, 40), (128, 30, 20))] * 40
-    result = prune_model(tiny_clip, constant, PruningConfig(keep=0.7, method=method))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Only 1 of the 40 calibration images differ")
+        result = prune_model(tiny_clip, constant, PruningConfig(keep=0.7, method=method))
     assert all(torch.isfinite(tensor).all() for tensor in result.model.state_dict().values())
     assert torch.isfinite(tokens(result.model, held_out_pixels)).all()
-    assert math.isfinite(result.report.realised_error)
+    assert math.isfinite(cast("float", result.report.realised_error))
     assert all(math.isfinite(layer.neurons_error or 0.0) for layer in result.report.layers)
 
 
-@pytest.mark.xfail(strict=True, reason="forty copies of one picture count as forty images: no warning, no note")
 def test_calibration_by_copies_of_one_picture_is_noted(tiny_clip, held_out_pixels):
     constant = [Image.new("RGB", (40, 40), (128, 30, 20))] * 40
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="Only 1 of the 40 calibration images differ"):
         result = prune_model(tiny_clip, constant, PruningConfig(keep=0.7, **FREE))
     # On its own picture the model looks perfect; on others it is not.
-    assert result.report.realised_error < 1e-9 < 1e-4 < token_error(result.model, tiny_clip, held_out_pixels)
-    assert result.report.notes
+    assert (
+        cast("float", result.report.realised_error)
+        < 1e-9
+        < 1e-4
+        < token_error(result.model, tiny_clip, held_out_pixels)
+    )
+    assert any("images differ" in note for note in result.report.notes)
 
 
 def assert_meets_time(result, table, keep):
@@ -620,7 +640,7 @@ def make_table(tiny_clip):
     return make
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "imp"])
+@pytest.mark.parametrize("method", ["obs", "corp-refit", "flap", "random", "torch-pruning"])
 def test_time_is_kept_as_asked(tiny_clip, images, make_table, method):
     if method == "torch-pruning":
         pytest.importorskip("torch_pruning")
@@ -658,7 +678,6 @@ def test_time_needs_a_table_of_this_machine(tiny_clip, images, make_table):
         prune_model(tiny_clip, images, replace(config, method="imp"), latency_table=table)
 
 
-@pytest.mark.xfail(strict=True, reason="the subnetwork of a latency budget states MACs as its dense cost")
 def test_the_subnetwork_states_the_dense_cost_in_its_unit(tiny_clip, images, make_table):
     config = PruningConfig(keep=0.75, unit="latency", method="random")
     budget = prune_model(tiny_clip, images, config, latency_table=make_table()).subnetwork.budget
@@ -705,7 +724,7 @@ def test_too_few_images_raise_where_they_are_read(tiny_clip, images, method):
         with pytest.raises(ValueError, match=r"3 calibration images give 51 tokens\. .*Give 4 images or more"):
             prune_model(tiny_clip, images[:3], config)
     else:
-        report = prune_model(tiny_clip, images[:1], config).report
+        report: Any = prune_model(tiny_clip, images[:1], config).report
         assert (report.calibration_images, report.calibration_tokens) == (1, 17)
         assert report.realised_error > 0
     with pytest.raises(ValueError, match="There are 0 calibration images"):
