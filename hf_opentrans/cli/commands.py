@@ -169,18 +169,22 @@ def _print_summary(report: PruningReport, disk: dict[str, int | None], output: P
 
 
 def _layer_table(report: PruningReport) -> tuple[list[str], list[list[str]]]:
-    header = ["layer", "heads", "q, k width", "v width", "neurons", "error", "as sliced"]
+    header = ["layer", "heads", "q, k width", "v width", "neurons", "predicted", "attention refit", "MLP refit"]
     cells = []
     for index, layer in enumerate(report.layers):
-        errors = [layer.heads_error, layer.neurons_error]
-        plain = [layer.heads_error_uncompensated, layer.neurons_error_uncompensated]
         line = [str(index), f"{layer.heads}/{layer.dense_heads}"]
         line += [f"{layer.qk_head_dim}/{layer.dense_qk_head_dim}", f"{layer.v_head_dim}/{layer.dense_v_head_dim}"]
         line += [f"{layer.neurons}/{layer.dense_neurons}"]
-        line += [f"{sum(e or 0 for e in e_):.2e}" if any(e is not None for e in e_) else "-" for e_ in (errors, plain)]
+        line += ["-" if layer.predicted_error is None else f"{layer.predicted_error:.1e}"]
+        line += [_change(layer.heads_error_uncompensated, layer.heads_error)]
+        line += [_change(layer.neurons_error_uncompensated, layer.neurons_error)]
         cells.append(line)
     measured = [i for i in range(len(header)) if i < 5 or any(line[i] != "-" for line in cells)]
     return [header[i] for i in measured], [[line[i] for i in measured] for line in cells]
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "-" if before is None or after is None else f"{before:.1e} > {after:.1e}"
 
 
 @app.command()

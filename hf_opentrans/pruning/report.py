@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class PruningReport:
         require("demo", "matplotlib")
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 7.5), layout="constrained")
+        figure = Figure(figsize=(13, 7.5), layout="constrained")
         panels = figure.subplots(2, 2)
         self._plot_widths(panels[0, 0])
         self._plot_layer_errors(panels[0, 1])
@@ -170,8 +171,12 @@ class PruningReport:
 
     def _plot_layer_errors(self, panel: Any) -> None:
         layers = range(len(self.layers))
-        panel.set(xlabel="layer", ylabel="squared change of the final tokens", title="errors per layer")
-        series = [("predicted (this layer alone)", [x.predicted_error for x in self.layers], "o-")]
+        panel.set(
+            xlabel="layer", ylabel="squared change of the final tokens", title="errors per layer, held-out images"
+        )
+        predicted = [x.predicted_error for x in self.layers]
+        total = list(accumulate(value or 0.0 for value in predicted))
+        series = [("predicted, this layer", predicted, "o:"), ("predicted, up to this layer", total, "o-")]
         for kind in ("heads", "neurons"):
             for name, label in (("error_uncompensated", "as sliced"), ("error", "refitted")):
                 values = [getattr(x, f"{kind}_{name}") for x in self.layers]
@@ -181,7 +186,7 @@ class PruningReport:
             panel.plot(layers, [value or float("nan") for value in values], style, markersize=4, label=label)
         if drawn:
             panel.set_yscale("log")
-            panel.legend(fontsize=8)
+            panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
         else:
             panel.text(0.5, 0.5, "this method measures no errors", ha="center", transform=panel.transAxes)
 

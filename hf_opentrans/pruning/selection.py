@@ -20,7 +20,8 @@ from .statistics import CovarianceStatistics
 from .surgery import HeadMaps, slice_model, unit_columns
 from .tower import SparseModel, Tower
 
-PROBE_BATCH = 8
+# Images and bytes of one backward pass of the probes.
+PROBE_BATCH, PROBE_BYTES = 8, 2 * 10**9
 COMPENSATIONS: dict[str, Recipe] = {
     "obs": SWEEP,
     "corp-refit": SWEEP,
@@ -168,13 +169,21 @@ def probe(
     """Measure the output metrics of all sublayers on some of the calibration images."""
     # Gradients keep the activations of all layers: small batches bound the memory.
     images = torch.cat(calibration.fit[: -(-config.probe_images // config.batch_size)])[: config.probe_images]
-    batches = images.split(min(config.batch_size, PROBE_BATCH))
+    batches = images.split(min(config.batch_size, PROBE_BATCH, max(1, PROBE_BYTES // _probe_bytes(tower, images))))
     # On CPUs the backward pass of fused attention takes two to three times as long as that of the plain one.
     usual = cast("str", tower.vision.config._attn_implementation)
     tower.vision.set_attn_implementation("eager" if tower.vision.device.type == "cpu" else "sdpa")
     metrics = output_metrics(tower, batches, probes=config.probes, seed=config.seed, on_batch=on_batch)
     tower.vision.set_attn_implementation(usual)  # the smaller model inherits it
     return metrics
+
+
+def _probe_bytes(tower: Tower, images: torch.Tensor) -> int:
+    """Estimate what the gradients of one image keep: attention maps, and some sixteen activations per layer."""
+    config = tower.vision.config
+    tokens = 1 + (images.shape[-1] // cast("int", config.patch_size)) ** 2
+    heads = max(width.heads for width in layer_widths(config))
+    return len(tower.layers) * tokens * (2 * heads * tokens + 16 * config.hidden_size) * 4
 
 
 def _narrows(menu: Menu, size: Size) -> bool:
