@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from hf_opentrans.evaluation import (
 )
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
+from hf_opentrans.pruning.latency_timing import processor_name
 from hf_opentrans.pruning.macs import count_macs, count_params
 from hf_opentrans.pruning.plan import PruningConfig
 from hf_opentrans.pruning.prune import PruningResult, prune_model
@@ -388,16 +388,7 @@ def environment() -> dict[str, Any]:
     names = ("hf_opentrans", "torch", "transformers", "numpy", "pillow", "safetensors")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
