@@ -23,7 +23,7 @@ from hf_opentrans.evaluation import (
 )
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
-from hf_opentrans.pruning.latency_timing import processor_name
+from hf_opentrans.pruning.latency_timing import milliseconds, processor_name
 from hf_opentrans.pruning.macs import count_macs, count_params
 from hf_opentrans.pruning.plan import PruningConfig
 from hf_opentrans.pruning.prune import PruningResult, prune_model
@@ -344,9 +344,7 @@ def paired_latency(
     times: dict[str, list[float]] = {name: [] for name in models}
     for index in range(warmup + rounds):
         for name, model in models.items():
-            start = _now(first.device)
-            model(pixels, interpolate_pos_encoding=True)
-            elapsed = _now(first.device) - start
+            elapsed = milliseconds(lambda model=model: model(pixels, interpolate_pos_encoding=True), first.device)
             if index >= warmup:
                 times[name].append(elapsed)
     reference = next(iter(times.values()))
@@ -355,19 +353,13 @@ def paired_latency(
     for name, measured in times.items():
         ratios = [a / b for a, b in zip(reference, measured, strict=True)]
         ratio, mac_ratio = statistics.median(ratios), next(iter(macs.values())) / macs[name]
-        median = statistics.median(measured) * 1000
+        median = statistics.median(measured)
         span = (min(ratios), max(ratios))
         threads = torch.get_num_threads()
         rows.append(
             LatencyRow(name, batch_size, side, threads, median, ratio, span, mac_ratio, ratio / mac_ratio, rounds)
         )
     return rows
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def synthetic_towers(keep: float, *, resolution: int = 224, seed: int = 0) -> dict[str, Any]:

@@ -154,6 +154,16 @@ def tiny_images() -> list[Image.Image]:
 
 
 @pytest.fixture
+def images(tmp_path, tiny_images):
+    """Return a folder of `tiny_images`, 0.png to 7.png."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, image in enumerate(tiny_images):
+        image.save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
 def tiny_clip_folder(
     tmp_path: Path,
     tiny_clip: CLIPModel,

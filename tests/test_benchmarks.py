@@ -44,6 +44,7 @@ from hf_opentrans.benchmarks import (
     paired_latency,
     tower_bytes,
 )
+from hf_opentrans.pruning import latency_timing
 from hf_opentrans.pruning.macs import count_macs, count_params
 
 SMALL: dict[str, Any] = {
@@ -60,7 +61,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.calls = 0.0, []
-        monkeypatch.setattr(benchmarks, "_now", lambda _device: self.now)
+        monkeypatch.setattr(latency_timing, "_now", lambda _device: self.now)
 
     def model(self, name, seconds, neurons=64):
         return _Timed(self, name, iter(seconds), CLIPVisionConfig(intermediate_size=neurons, **SMALL))

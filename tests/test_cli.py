@@ -30,15 +30,6 @@ def read(path):
 
 
 @pytest.fixture
-def images(tmp_path, tiny_images):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index, image in enumerate(tiny_images):
-        image.save(folder / f"{index}.png")
-    return folder
-
-
-@pytest.fixture
 def dataset(tmp_path, tiny_images):
     root = tmp_path / "dataset"
     (root / "images" / "val").mkdir(parents=True)

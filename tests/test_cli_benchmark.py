@@ -23,15 +23,6 @@ def run(*arguments):
 
 
 @pytest.fixture
-def images(tmp_path, tiny_images):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index, image in enumerate(tiny_images):
-        image.save(folder / f"{index}.png")
-    return folder
-
-
-@pytest.fixture
 def base(tiny_clip_folder, images):
     given = ["benchmark", "pruning", "--model", tiny_clip_folder, "--images", images, "--fidelity-images", images]
     return [*given, "--num-images", 8]

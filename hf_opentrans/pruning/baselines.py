@@ -27,6 +27,7 @@ from .sizes import Menu, Size, head_dim_step, neuron_step, rounded_widths
 from .surgery import HeadMaps
 from .tower import Tower
 
+SCORES_WEIGHTS = ("random", "magnitude", "magnitude-compensated")
 USES_RANKS = ("corp", "corp-refit")
 NEURONS_ONLY = ("vbp", *USES_RANKS)
 GLOBAL = ("vbp", "flap")
@@ -54,7 +55,7 @@ def score_layer(tower: Tower, layer: int, statistics: Statistics, config: Prunin
     found = []
     kinds = [kind for kind in ("heads", "neurons") if (layer, kind) in tower.consumers]
     for kind in kinds:
-        if config.method in ("random", "magnitude", "magnitude-compensated"):
+        if config.method in SCORES_WEIGHTS:
             found.append(Scores(layer, kind, _weight_scores(tower, layer, kind, config)))
             continue
         fit, held_out = statistics[kind]

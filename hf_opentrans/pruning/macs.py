@@ -1,5 +1,6 @@
 """What a vision tower costs: multiply-accumulates of one image and parameters, from its configuration alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -106,6 +107,12 @@ class CostModel(Protocol):
     def mlp(self, neurons: int) -> float:
         """Cost of one layer's MLP."""
         ...
+
+
+def tower_cost(cost: CostModel, layers: Iterable[LayerWidths]) -> float:
+    """Return what a tower with these layers costs."""
+    spent = (cost.attention(w.heads, w.qk_head_dim, w.v_head_dim) + cost.mlp(w.neurons) for w in layers)
+    return cost.fixed() + sum(spent)
 
 
 @dataclass(frozen=True)

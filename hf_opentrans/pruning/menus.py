@@ -48,19 +48,16 @@ class AttentionStatistics:
         compensated = self.weight[:, kept] + self.weight[:, gone] @ covariance[gone][:, kept] @ inverse
         outgoing = square_root(self.metric) @ compensated
         # What a head adds to the others: the inverse of its block of the joint inverse covariance.
-        inner = torch.linalg.inv(_blocks(inverse, width))
+        inner = torch.linalg.inv(diagonal_blocks(inverse, len(heads)))
         bases = value_bases(outgoing.unflatten(1, (-1, width)).transpose(0, 1), inner)
         expand = torch.block_diag(*bases.expand.mT)
         return bases, outgoing @ expand, expand.T @ inverse @ expand
 
 
-def _blocks(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.stack([matrix[i : i + width, i : i + width] for i in range(0, len(matrix), width)])
-
-
 def diagonal_blocks(matrix: torch.Tensor, heads: int) -> torch.Tensor:
     """Return the square diagonal blocks of a matrix over concatenated heads, `(heads, width, width)`."""
-    return _blocks(matrix, len(matrix) // heads)
+    width = len(matrix) // heads
+    return torch.stack([matrix[i : i + width, i : i + width] for i in range(0, len(matrix), width)])
 
 
 def attention_menu(tower: Tower, layer: int, statistics: AttentionStatistics, config: PruningConfig) -> Menu:

@@ -18,7 +18,7 @@ from .allocation import Budget
 from .baselines import zero_smallest
 from .calibration import Calibration, list_images, load_calibration
 from .latency import LatencyTable
-from .macs import CostModel, CountedCost, LayerWidths, TowerCost, layer_widths
+from .macs import CostModel, CountedCost, LayerWidths, TowerCost, layer_widths, tower_cost
 from .menus import fewest_neurons
 from .plan import STRUCTURES, PruningConfig, PruningPlan
 from .refit import rebuild
@@ -174,7 +174,7 @@ def make_budget(tower: Tower, config: PruningConfig, latency_table: LatencyTable
     """
     widths = layer_widths(tower.vision.config)
     cost = _cost_model(tower, config, latency_table)
-    dense, lowest = (_total(cost, w) for w in (widths, tuple(_lowest(tower, config))))
+    dense, lowest = (tower_cost(cost, w) for w in (widths, _lowest(tower, config)))
     floor = f"the floors min_heads={config.min_heads} and min_neurons={config.min_neurons:g} per layer"
     if config.method == "obs" and config.structures != STRUCTURES:
         floor += f" and structures={', '.join(config.structures)}"
@@ -199,12 +199,6 @@ def _cost_model(tower: Tower, config: PruningConfig, latency_table: LatencyTable
     counted = TowerCost.of(vision, resolution=config.resolution, projection=tower.projection is not None)
     sublayers = sum(layer.has_attention + layer.has_mlp for layer in tower.layers)
     return CountedCost(counted, config.unit, sublayers)
-
-
-def _total(cost: CostModel, widths: tuple[LayerWidths, ...]) -> float:
-    return cost.fixed() + sum(
-        cost.attention(w.heads, w.qk_head_dim, w.v_head_dim) + cost.mlp(w.neurons) for w in widths
-    )
 
 
 def _lowest(tower: Tower, config: PruningConfig) -> list[LayerWidths]:

@@ -7,12 +7,20 @@ from typing import Any, cast
 import torch
 
 from .allocation import Budget, allocate
-from .baselines import USES_RANKS, Scores, allocate_baseline, baseline_menus, coordinate_maps, score_layer
+from .baselines import (
+    SCORES_WEIGHTS,
+    USES_RANKS,
+    Scores,
+    allocate_baseline,
+    baseline_menus,
+    coordinate_maps,
+    score_layer,
+)
 from .calibration import Calibration, Statistics, walk_layers
 from .importance import output_metrics, regular
 from .macs import layer_widths
 from .menus import AttentionStatistics, attention_menu, diagonal_blocks, neuron_menu
-from .plan import WITHOUT_STATISTICS, LayerPlan, PruningConfig, PruningPlan
+from .plan import LayerPlan, PruningConfig, PruningPlan
 from .refit import CORP, LOCAL, MEAN_SHIFT_ONLY, SWEEP, Key, Recipe
 from .search import evolve
 from .sizes import Menu, Size
@@ -43,7 +51,6 @@ class Selection:
         sizes: What was chosen of each menu.
         metrics: Output metrics by `(layer, kind)`; empty where nothing asked for them.
         predicted_error: Sum of the chosen errors; None where the menus are not in the final tokens' currency.
-        notes: What the user should know.
     """
 
     plan: PruningPlan
@@ -52,7 +59,6 @@ class Selection:
     sizes: tuple[Size, ...] = ()
     metrics: dict[Key, torch.Tensor] = field(default_factory=dict, repr=False)
     predicted_error: float | None = None
-    notes: tuple[str, ...] = ()
 
 
 def recipe_of(config: PruningConfig) -> Recipe | None:
@@ -90,7 +96,7 @@ def select_ours(
         sizes, _ = evolve(
             menus, sizes, budget, candidates.score, steps=config.search_steps, seed=config.seed, on_step=on_batch
         )
-    maps = {m.layer: head_maps(attention[m.layer], m, s) for m, s in zip(menus, sizes, strict=True) if _narrows(m, s)}
+    maps = _all_maps(attention, menus, sizes)
     total = sum(size.error for size in sizes) if config.metric == "probes" else None
     return Selection(make_plan(tower, menus, sizes), maps, tuple(menus), tuple(sizes), metrics, total)
 
@@ -105,7 +111,7 @@ def select_baseline(
     """Choose by a published method's scores and by its own rule for the budget."""
     scores: list[Scores] = []
     kept: dict[int, Statistics] = {}
-    if config.method in WITHOUT_STATISTICS or config.method == "magnitude-compensated":
+    if config.method in SCORES_WEIGHTS:
         for layer in range(len(tower.layers)):
             scores += score_layer(tower, layer, {}, config)
     else:
@@ -204,6 +210,10 @@ def head_maps(statistics: AttentionStatistics, menu: Menu, size: Size) -> HeadMa
     return HeadMaps(**found)
 
 
+def _all_maps(attention: dict[int, AttentionStatistics], menus: list[Menu], sizes: list[Size]) -> dict[int, HeadMaps]:
+    return {m.layer: head_maps(attention[m.layer], m, s) for m, s in zip(menus, sizes, strict=True) if _narrows(m, s)}
+
+
 def make_plan(tower: Tower, menus: list[Menu], sizes: list[Size]) -> PruningPlan:
     """Write down what every layer keeps."""
     widths = layer_widths(tower.vision.config)
@@ -241,11 +251,7 @@ class _Candidates:
     @torch.no_grad()
     def score(self, sizes: list[Size]) -> float:
         """Return the mean cosine of the class token plus that of the patches, to the dense model's."""
-        maps = {
-            m.layer: head_maps(self.attention[m.layer], m, s)
-            for m, s in zip(self.menus, sizes, strict=True)
-            if _narrows(m, s)
-        }
+        maps = _all_maps(self.attention, self.menus, sizes)
         small = Tower.of(slice_model(self.dense, make_plan(self.tower, self.menus, sizes), maps))
         for menu, size in zip(self.menus, sizes, strict=True):
             if size != menu.sizes[0] and size.units:

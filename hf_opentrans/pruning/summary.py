@@ -8,7 +8,7 @@ from hf_opentrans._distributed import add_up
 
 from .allocation import Budget, pareto
 from .calibration import Calibration, embed_parts
-from .macs import TowerCost, layer_widths
+from .macs import TowerCost, layer_widths, tower_cost
 from .plan import PruningConfig
 from .reconstruction import Rebuilt
 from .refit import Key
@@ -32,9 +32,6 @@ def make_report(
     before, after = (layer_widths(t.vision.config) for t in (tower, small))
     cost = TowerCost.of(tower.vision.config, resolution=config.resolution, projection=tower.projection is not None)
     totals = {unit: (cost.total(unit, before), cost.total(unit, after)) for unit in ("macs", "params")}
-    spent = budget.cost.fixed() + sum(
-        budget.cost.attention(w.heads, w.qk_head_dim, w.v_head_dim) + budget.cost.mlp(w.neurons) for w in after
-    )
     return PruningReport(
         config=config.to_dict(),
         layers=_layer_reports(tower, small, choice, rebuilt),
@@ -43,11 +40,11 @@ def make_report(
         macs=totals["macs"][1],
         dense_params=totals["params"][0],
         params=totals["params"][1],
-        realised_keep=spent / budget.dense,
+        realised_keep=tower_cost(budget.cost, after) / budget.dense,
         calibration_images=calibration.num_images,
         calibration_tokens=calibration.num_images * cost.tokens,
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        notes=(*calibration.warnings, *choice.notes, *_notes(config, rebuilt)),
+        notes=(*calibration.warnings, *_notes(config, rebuilt)),
         predicted_error=choice.predicted_error,
         curves=tuple(_curve(menu, size, budget) for menu, size in zip(choice.menus, choice.sizes, strict=True))
         if config.method == "obs"
