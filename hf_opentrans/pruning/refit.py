@@ -124,7 +124,8 @@ def _gather(
     consumer = small.consumer(*key)
     branch, small_branch = branches
     width = consumer.in_features + (1 + has_gap) * consumer.out_features
-    parts = tuple(CovarianceStatistics(width, small.vision.device) for _ in range(2))
+    tail = {"tail": consumer.out_features, "tail_with": consumer.in_features} if has_gap else {}
+    parts = tuple(CovarianceStatistics(width, small.vision.device, **tail) for _ in range(2))
     seen: list[torch.Tensor] = []
     hook = consumer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:

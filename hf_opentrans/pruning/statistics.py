@@ -4,6 +4,10 @@ import torch
 
 from hf_opentrans._distributed import add_up, from_first
 
+# A product with its own transpose is symmetric: blocks of at least this many columns form its upper half alone.
+BLOCK = 256
+MOST_BLOCKS = 8
+
 
 class CovarianceStatistics:
     """Weighted mean and covariance of rows that arrive in batches.
@@ -15,9 +19,13 @@ class CovarianceStatistics:
     Args:
         dim: Width of the rows.
         device: Where the sums live.
+        tail: The last columns, which are multiplied by the first `tail_with` columns and by nothing else. The other
+            entries of their rows and columns are zero in `covariance` and `moment`.
+        tail_with: See `tail`.
     """
 
-    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dim: int, device: torch.device | str = "cpu", *, tail: int = 0, tail_with: int = 0) -> None:
+        self.tail, self.tail_with = tail, tail_with
         self.weight = 0.0
         self.rows = 0
         self._shift: torch.Tensor | None = None
@@ -36,7 +44,12 @@ class CovarianceStatistics:
             self._shift = from_first((weights @ rows) / weights.sum())
         shifted = rows - self._shift
         self._first += (weights @ shifted).double()
-        self._second += ((shifted * weights[:, None]).T @ shifted).double()
+        weighted = shifted * weights[:, None]
+        for inner, outer in _upper_blocks(len(self._first) - self.tail):
+            self._second[inner, outer] += (weighted[:, inner].T @ shifted[:, outer]).double()
+        if self.tail:
+            last = len(self._first) - self.tail
+            self._second[: self.tail_with, last:] += (weighted[:, : self.tail_with].T @ shifted[:, last:]).double()
         self._positive += (weights @ (rows > 0).to(rows)).double()
         self.weight += float(weights.sum(dtype=torch.float64))
         self.rows += len(rows)
@@ -51,7 +64,9 @@ class CovarianceStatistics:
         """Return the statistics of both sets of rows together; neither input changes."""
         if other._shift is None or self._shift is None:
             return self if other._shift is None else other
-        merged = CovarianceStatistics(len(self._first), self._first.device)
+        merged = CovarianceStatistics(
+            len(self._first), self._first.device, tail=self.tail, tail_with=self.tail_with
+        )
         merged._shift, merged.weight, merged.rows = self._shift, self.weight + other.weight, self.rows + other.rows
         offset = (other._shift - self._shift).double()
         first = other._first + other.weight * offset
@@ -74,7 +89,7 @@ class CovarianceStatistics:
         if self._shift is None:
             raise ValueError("The statistics hold no rows. Their covariance is undefined. Call update first.")
         offset = self._first / self.weight
-        return self._second / self.weight - torch.outer(offset, offset)
+        return self._mirrored(self._second / self.weight - torch.outer(offset, offset))
 
     @property
     def positive_rate(self) -> torch.Tensor:
@@ -84,4 +99,17 @@ class CovarianceStatistics:
     @property
     def moment(self) -> torch.Tensor:
         """Uncentred second moment of shape `(dim, dim)`, fp64."""
-        return self.covariance + torch.outer(self.mean, self.mean)
+        return self._mirrored(self.covariance + torch.outer(self.mean, self.mean))
+
+    def _mirrored(self, upper: torch.Tensor) -> torch.Tensor:
+        """Return the symmetric matrix of an upper half, zero where no products were formed."""
+        if self.tail:
+            upper[self.tail_with :, len(upper) - self.tail :] = 0
+        return upper.triu() + upper.triu(1).T
+
+
+def _upper_blocks(dim: int) -> list[tuple[slice, slice]]:
+    """Return row and column ranges that cover the upper half of a square matrix."""
+    count = min(max(dim // BLOCK, 1), MOST_BLOCKS)
+    edges = [round(index * dim / count) for index in range(count + 1)]
+    return [(slice(start, end), slice(start, dim)) for start, end in zip(edges[:-1], edges[1:], strict=True)]
