@@ -4,7 +4,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.pruning.plan import STRUCTURES, WITHOUT_IMAGES, PruningConfig
 
-LATENCY_ROUNDS = 7
+LATENCY_ROUNDS = 15
 _PLAIN: dict[str, Any] = {"metric": "identity", "solver": "uniform", "refit": False}
 _FULL: dict[str, Any] = {"metric": "probes", "solver": "dp", "refit": True}
 # The components of "obs", each added to all before it; then the whole method on fewer structures.
@@ -170,6 +170,15 @@ class ResultFile:
         self.rows.append(row)
         self.save()
 
+    def put(self, position: int, row: MethodRow) -> None:
+        """Put another row in the place of one, and write the file."""
+        self.rows[position] = row
+        self.save()
+
+    def forget_times(self) -> None:
+        """Leave out all latencies, so that the next benchmark measures them again."""
+        self.rows = [replace(row, latency_ms=None, speed_up=None) if row.widths else row for row in self.rows]
+
     def skip(self, run: PruningRun, reason: str) -> None:
         """Note that a run gave no model, in place of what an earlier attempt said, and write the file."""
         self.skipped = [other for other in self.skipped if other.key != run.key]
@@ -214,7 +223,7 @@ def run_benchmark(
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> None:
-    """Do all runs that `results` does not hold yet, and add their rows to it one by one.
+    """Do all runs that `results` does not hold yet, and add their rows to it one by one; then time all of them.
 
     A run that pruning refuses with a ValueError (a budget that its structures cannot meet) or an ImportError (a method
     of a package that is not installed) is noted in `results.skipped`; the next start tries it again.
@@ -233,8 +242,9 @@ def run_benchmark(
     finished = {row.key for row in results.rows}
     left = [run for run in runs if run.key not in finished]
     say(f"{_count(len(runs))}: {len(runs) - len(left)} in the file already, {len(left)} to do.")
-    if left:
-        harness = Harness.of(*load(), data, latency_rounds=LATENCY_ROUNDS)
+    untimed = any(row.speed_up is None and row.widths for row in results.rows)
+    harness = Harness.of(*load(), data) if left or untimed else None
+    if harness and left:
         if results.dense is None:
             results.add(harness.measure_dense().row)
         say(f"The dense model is measured. {forecast(left, results.rows)}")
@@ -244,6 +254,8 @@ def run_benchmark(
             say(f"{number} of {len(left)}: {told}{rest}")
     if results.skipped and not any(row.method != "dense" for row in results.rows):
         raise ValueError(f"No run gave a model. {results.skipped[0].reason}")
+    if harness:
+        _time(harness, results, say)
     results.save(at_end=True)
 
 
@@ -259,6 +271,15 @@ def _do(run: PruningRun, harness: Harness, results: ResultFile, progress: bool) 
     results.skipped = [other for other in results.skipped if other.key != run.key]
     results.add(row)
     return f"{run.name} done, pruned in {duration(row.seconds or 0)}."
+
+
+def _time(harness: Harness, results: ResultFile, say: Callable[[str], None]) -> None:
+    """Time all rows that have no latency, in one go, so that all meet the same conditions."""
+    places = [place for place, row in enumerate(results.rows) if row.speed_up is None and row.widths]
+    if places:
+        say(f"Timing {len(places)} models, one image at a time. Nothing else should run meanwhile.")
+    for place in places:
+        results.put(place, harness.time_row(results.rows[place], rounds=LATENCY_ROUNDS))
 
 
 def forecast(left: Sequence[PruningRun], rows: Sequence[MethodRow]) -> str:

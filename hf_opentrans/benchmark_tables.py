@@ -59,7 +59,7 @@ def summarise(rows: Sequence[MethodRow]) -> list[Summary]:
 
 def _summary(rows: list[MethodRow]) -> Summary:
     first, found = rows[0], [row.to_dict() for row in rows]
-    names = [name for name in found[0] if name not in {"method", "variant", "keep", "seed"}]
+    names = [name for name in found[0] if name not in {"method", "variant", "keep", "seed", "widths"}]
     values = {name: [row[name] for row in found if row[name] is not None] for name in names}
 
     def each(combine: Callable[[list[float]], float]) -> dict[str, float | None]:
@@ -150,7 +150,8 @@ def result_table(values: dict[str, Any]) -> str:
     rows = values.get("rows") or [{}]
     machine = values.get("environment", {})
     versions = machine.get("versions", {})
-    stack = f"{machine.get('threads')} threads, {machine.get('processor')}, torch {versions.get('torch')}"
+    threads = machine.get("threads")
+    stack = f"{threads} thread{'' if threads == 1 else 's'}, {machine.get('processor')}, torch {versions.get('torch')}"
     notes: list[str] = []
     if "method" in rows[0]:
         methods = [MethodRow(**row) for row in rows]

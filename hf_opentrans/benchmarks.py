@@ -21,10 +21,12 @@ from hf_opentrans.evaluation import (
     native_side,
     zero_shot_accuracy,
 )
+from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
-from hf_opentrans.pruning.latency_timing import milliseconds, processor_name
-from hf_opentrans.pruning.macs import count_macs, count_params
+from hf_opentrans.pruning.latency_timing import dense_values, milliseconds, processor_name
+from hf_opentrans.pruning.macs import count_macs, count_params, layer_widths
 from hf_opentrans.pruning.plan import PruningConfig
 from hf_opentrans.pruning.prune import PruningResult, prune_model
 
@@ -78,7 +80,9 @@ class MethodRow:
         predicted_error: Squared change of the unit class token plus mean squared change of the unit patch tokens, as
             pruning predicted it.
         realised_error: The same, measured on the fidelity images, which pruning has not seen.
-        measuring_seconds: Wall time of measuring all this.
+        measuring_seconds: Wall time of measuring all this but the latency.
+        widths: One "heads:qk_head_dim:v_head_dim:neurons" per layer, separated by spaces: what was kept, and all that
+            timing needs.
     """
 
     method: str
@@ -101,6 +105,7 @@ class MethodRow:
     predicted_error: float | None = None
     realised_error: float | None = None
     measuring_seconds: float | None = None
+    widths: str | None = None
 
     @property
     def key(self) -> "RunKey":
@@ -139,37 +144,26 @@ class Harness:
         processor: Its processor.
         data: What to measure on.
         reference: Tokens of the dense model; None where there are no images for them.
-        latency_rounds: Paired rounds of the latency against the dense tower, one image at a time; 0 leaves it out.
     """
 
     dense: DenseCLIPForSegmentation
     processor: OpenVocabularyProcessor
     data: BenchmarkData
     reference: FidelityReference | None = None
-    latency_rounds: int = 0
 
     @classmethod
-    def of(
-        cls,
-        dense: DenseCLIPForSegmentation,
-        processor: OpenVocabularyProcessor,
-        data: BenchmarkData,
-        *,
-        latency_rounds: int = 0,
-    ) -> "Harness":
+    def of(cls, dense: DenseCLIPForSegmentation, processor: OpenVocabularyProcessor, data: BenchmarkData) -> "Harness":
         """Run the dense model once where the others are compared with its tokens."""
         reference = None
         if data.fidelity_images:
             side = data.resolution or native_side(dense)
             pixels = center_crops(data.fidelity_images, processor.image_processor, side)
             reference = FidelityReference.of(dense, pixels)
-        return cls(dense, processor, data, reference, latency_rounds)
+        return cls(dense, processor, data, reference)
 
     def measure_dense(self) -> Compared:
         """Measure the dense model."""
-        row = self.measure("dense", 1.0, self.dense)
-        # Timed against itself it is 1 but for noise.
-        return Compared(replace(row, speed_up=None if row.speed_up is None else 1.0), self.dense)
+        return Compared(self.measure("dense", 1.0, self.dense), self.dense)
 
     def prune(self, config: PruningConfig, *, progress: bool = False) -> tuple[PruningResult, float | None]:
         """Prune the dense model and return the result with the peak of the memory in MiB.
@@ -214,7 +208,7 @@ class Harness:
         return Compared(row, model, result)
 
     def measure(self, method: str, keep: float, model: DenseCLIPForSegmentation) -> MethodRow:
-        """Measure everything that there is data for."""
+        """Measure everything that there is data for, but the latency: see `time_row`."""
         start = time.perf_counter()
         vision, data = cast("CLIPVisionConfig", model.config.vision_config), self.data
         values: dict[str, Any] = {}
@@ -236,10 +230,6 @@ class Harness:
                 model, self.processor, data.segmentation, data.segmentation_names, **options
             )
             values |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy}
-        if self.latency_rounds:
-            towers = {"dense": self.dense.vision_model, "this": model.vision_model}
-            timed = paired_latency(towers, resolution=data.resolution, rounds=self.latency_rounds)[1]
-            values |= {"latency_ms": timed.median_ms, "speed_up": timed.speed_up}
         return MethodRow(
             method=method,
             keep=keep,
@@ -247,8 +237,29 @@ class Harness:
             params=count_params(vision),
             bytes=tower_bytes(model),
             measuring_seconds=round(time.perf_counter() - start, 3),
+            widths=write_widths(vision),
             **values,
         )
+
+    def time_row(self, row: MethodRow, *, rounds: int) -> MethodRow:
+        """Return a row with its latency: one image, paired with the dense tower, the same weights for all.
+
+        Latency depends on the widths and not on the values of the weights, so rows can be timed after all runs, when
+        nothing else is at work, and again at any time.
+
+        Args:
+            row: A row with `widths`.
+            rounds: Paired rounds.
+        """
+        dense = cast("SparseCLIPVisionModel", self.dense.vision_model)
+        if row.widths is None:
+            raise ValueError(f"The row of {row.method!r} has no widths. Timing needs them. Measure the row again.")
+        if row.method == "dense":  # timed against itself it is 1 but for noise
+            (timed,) = paired_latency({"dense": dense}, resolution=self.data.resolution, rounds=rounds)
+        else:
+            towers = {"dense": dense, "this": tower_of_widths(dense, row.widths)}
+            timed = paired_latency(towers, resolution=self.data.resolution, rounds=rounds)[1]
+        return replace(row, latency_ms=timed.median_ms, speed_up=timed.speed_up)
 
 
 def compare_methods(
@@ -280,6 +291,27 @@ def compare_methods(
         compared.append(harness.measure_pruned(result, config, peak))
         on_row(compared[-1].row)
     return compared
+
+
+def write_widths(config: CLIPVisionConfig) -> str:
+    """Return "heads:qk_head_dim:v_head_dim:neurons" of every layer, separated by spaces."""
+    return " ".join(f"{w.heads}:{w.qk_head_dim}:{w.v_head_dim}:{w.neurons}" for w in layer_widths(config))
+
+
+def tower_of_widths(dense: SparseCLIPVisionModel, widths: str) -> SparseCLIPVisionModel:
+    """Return a tower with random weights that has other widths than `dense` and is otherwise like it.
+
+    Args:
+        dense: The tower that it is like.
+        widths: As `write_widths` writes them.
+    """
+    names = ("num_attention_heads", "qk_head_dim", "v_head_dim", "intermediate_size")
+    layers = [dict(zip(names, map(int, layer.split(":")), strict=True)) for layer in widths.split()]
+    values: dict[str, Any] = {"num_hidden_layers": len(layers), "per_layer_config": dict(enumerate(layers))}
+    config = SparseCLIPVisionConfig(**{**dense_values(dense.config), **values})
+    config._attn_implementation = dense.config._attn_implementation
+    tower = SparseCLIPVisionModel(config).eval()
+    return tower.to(device=dense.device, dtype=dense.dtype)  # pyright: ignore[reportCallIssue]
 
 
 def tower_bytes(model: DenseCLIPForSegmentation) -> int:

@@ -43,9 +43,12 @@ from hf_opentrans.benchmarks import (
     environment,
     paired_latency,
     tower_bytes,
+    tower_of_widths,
+    write_widths,
 )
 from hf_opentrans.pruning import latency_timing
 from hf_opentrans.pruning.macs import count_macs, count_params
+from hf_opentrans.pruning.prune import prune_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -182,7 +185,7 @@ class Engine:
     """Pruning that returns the model as it is, at once."""
 
     def __init__(self, monkeypatch):
-        self.calls, self.refuse, self.stop_after = [], lambda _config: None, None
+        self.calls, self.timed, self.refuse, self.stop_after = [], [], lambda _config: None, None
         monkeypatch.setattr(benchmarks, "prune_model", self)
         monkeypatch.setattr(benchmarks, "paired_latency", self.latency)
         monkeypatch.setattr(benchmarks, "time", SimpleNamespace(perf_counter=lambda: 0.0))
@@ -197,6 +200,7 @@ class Engine:
         return SimpleNamespace(model=model, report=SimpleNamespace(**figures))
 
     def latency(self, towers, **_):
+        self.timed.append(count_macs(list(towers.values())[-1].config))
         return [SimpleNamespace(median_ms=2.0, speed_up=1.5)] * len(towers)
 
 
@@ -261,6 +265,43 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, engine, benchmark):
     engine.calls.clear()
     _, said = benchmark(parts, RUNS)
     assert (engine.calls, said) == ([], ["8 runs: 8 in the file already, 0 to do."])
+
+
+def test_latencies_come_last_and_can_be_measured_again(tmp_path, engine, benchmark, segmenter):
+    path = tmp_path / "a.json"
+    engine.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(path, RUNS)
+    assert engine.timed == []
+    assert {row["speed_up"] for row in json.loads(path.read_text())["rows"]} == {None}
+    engine.stop_after = None
+    results, said = benchmark(path, RUNS)
+    assert said[-1] == "Timing 9 models, one image at a time. Nothing else should run meanwhile."
+    assert engine.timed == [count_macs(segmenter.config.vision_config)] * 9
+    assert {row["latency_ms"] for row in json.loads(path.read_text())["rows"]} == {2.0}
+    kept = MethodRow("obs", 0.3, 1, 1, 1, latency_ms=9.0, speed_up=9.0)  # of an older file, without widths
+    results.add(kept)
+    results.rows[2] = replace(results.rows[2], latency_ms=7.0, speed_up=7.0)
+    results.forget_times()
+    assert results.rows[-1] == kept
+    assert {row.speed_up for row in results.rows[:-1]} == {None}
+    results.save()
+    engine.timed.clear()
+    results, said = benchmark(path, RUNS)
+    assert (len(engine.timed), engine.calls[8:]) == (9, [])
+    assert results.rows[2].speed_up == 1.5
+
+
+def test_a_tower_is_built_from_its_widths(segmenter, tiny_images):
+    dense: Any = segmenter.vision_model
+    assert write_widths(dense.config) == "4:8:8:64 4:8:8:64 4:8:8:64"
+    pruned: Any = prune_model(segmenter, tiny_images * 5, PruningConfig(keep=0.5)).model.vision_model
+    other = tower_of_widths(dense, write_widths(pruned.config))
+    assert count_macs(other.config) == count_macs(pruned.config) < count_macs(dense.config)
+    assert [(n, p.shape) for n, p in other.named_parameters()] == [(n, p.shape) for n, p in pruned.named_parameters()]
+    empty = tower_of_widths(dense, "0:8:8:64 4:8:8:0 1:4:8:16")
+    assert write_widths(empty.config) == "0:8:8:64 4:8:8:0 1:4:8:16"
+    assert torch.isfinite(empty(torch.zeros(1, 3, 32, 32), interpolate_pos_encoding=True).pooler_output).all()
 
 
 def test_a_file_with_other_settings_is_refused(tmp_path, engine, benchmark, monkeypatch):

@@ -55,6 +55,7 @@ def benchmark_pruning(
     mode: Annotated[str | None, typer.Option(help="Segmentation mode; default: the model's own.")] = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted up from the first.")] = 1,
+    retime: Annotated[bool, typer.Option(help="Measure the latencies in the --json file again.")] = False,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -73,6 +74,8 @@ def benchmark_pruning(
         runs = _plan(methods, ablation, keep, range(seed, seed + seeds), options)
         settings["files"] = {name: fingerprint(path) for name, path in paths.items() if path and path.exists()}
         results = ResultFile(json_file, settings, command_line())
+        if retime:
+            results.forget_times()
     data = BenchmarkData(
         calibration=list_images(images),  # once, and before anything takes time
         fidelity_images=list_images(fidelity_images) if fidelity_images else (),

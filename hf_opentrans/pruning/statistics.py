@@ -1,5 +1,7 @@
 """Streaming mean and covariance in double precision, mergeable over batches and over processes."""
 
+from itertools import pairwise
+
 import torch
 
 from hf_opentrans._distributed import add_up, from_first
@@ -64,9 +66,7 @@ class CovarianceStatistics:
         """Return the statistics of both sets of rows together; neither input changes."""
         if other._shift is None or self._shift is None:
             return self if other._shift is None else other
-        merged = CovarianceStatistics(
-            len(self._first), self._first.device, tail=self.tail, tail_with=self.tail_with
-        )
+        merged = CovarianceStatistics(len(self._first), self._first.device, tail=self.tail, tail_with=self.tail_with)
         merged._shift, merged.weight, merged.rows = self._shift, self.weight + other.weight, self.rows + other.rows
         offset = (other._shift - self._shift).double()
         first = other._first + other.weight * offset
@@ -112,4 +112,4 @@ def _upper_blocks(dim: int) -> list[tuple[slice, slice]]:
     """Return row and column ranges that cover the upper half of a square matrix."""
     count = min(max(dim // BLOCK, 1), MOST_BLOCKS)
     edges = [round(index * dim / count) for index in range(count + 1)]
-    return [(slice(start, end), slice(start, dim)) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [(slice(start, end), slice(start, dim)) for start, end in pairwise(edges)]

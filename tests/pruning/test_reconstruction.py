@@ -235,6 +235,18 @@ def test_gap_factor_aims_at_the_target_without_a_share_of_the_gap(share, factor)
     assert found.error == pytest.approx(mean_error(*unseen[:2], *solved, make_layer()[2]), rel=1e-2, abs=1e-3)
 
 
+@pytest.mark.parametrize(("margin", "factor"), [(0.0, 0.5), (0.9, 1.0)])
+def test_a_small_gain_does_not_give_up_the_full_gap(monkeypatch, margin, factor):
+    monkeypatch.setattr(reconstruction, "GAP_MARGIN", margin)
+    fit, held_out = make_rows(300, noise=0.3), make_rows(100, seed=1, noise=0.3)
+    gap, held_gap = make_gap(fit[0], 3, 0.1), make_gap(held_out[0], 4, 0.1)
+    seen, unseen = (fit[0], fit[1] + gap, gap), (held_out[0], held_out[1] + 0.4 * held_gap, held_gap)
+    found = run(seen, unseen, ridges=(0.0,), gap_factors=(1.0, 0.5))
+    assert found.gap_factor == factor
+    full = run(seen, unseen, ridges=(0.0,), gap_factors=(1.0,))
+    assert 0.1 * full.error < found.error <= full.error
+
+
 def test_only_listed_gap_factors_are_tried():
     fit, held_out = make_rows(300, noise=0.01), make_rows(100, seed=1, noise=0.01)
     gap, held_gap = make_gap(fit[0], 3, 1.0), make_gap(held_out[0], 4, 1.0)

@@ -69,6 +69,37 @@ def test_merging_in_any_order_equals_one_pass(sizes, mean, seed, order):
     assert_equals(parts[0], rows, weights)
 
 
+@pytest.mark.parametrize("dim", [1, 511, 512, 1100])
+def test_wide_rows_form_half_of_the_products_and_all_of_the_matrix(dim):
+    generator = torch.Generator().manual_seed(dim)
+    rows, weights = torch.randn(40, dim, generator=generator) + 2, torch.rand(40, generator=generator) + 0.1
+    statistics = CovarianceStatistics(dim)
+    statistics.update(rows[:7], weights[:7])
+    statistics.update(rows[7:], weights[7:])
+    assert_equals(statistics, rows, weights)
+    torch.testing.assert_close(statistics.covariance, statistics.covariance.T, rtol=0, atol=0)
+    torch.testing.assert_close(statistics.moment, statistics.moment.T, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("start", "middle", "tail"), [(2, 1, 3), (600, 40, 40), (0, 2, 2)])
+def test_tail_columns_meet_the_first_columns_alone(start, middle, tail):
+    dim = start + middle + tail
+    generator = torch.Generator().manual_seed(dim)
+    rows = torch.randn(30, dim, generator=generator) + 1
+    whole, parts = CovarianceStatistics(dim), [CovarianceStatistics(dim, tail=tail, tail_with=start) for _ in range(2)]
+    for batch in rows.split(10):
+        whole.update(batch)
+    parts[0].update(rows[:10])
+    parts[1].update(rows[10:])
+    found = parts[0].merge(parts[1])
+    for name in ("covariance", "moment"):
+        expected = getattr(whole, name).clone()
+        expected[start:, start + middle :] = 0
+        expected[start + middle :, start:] = 0
+        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean, whole.mean)
+
+
 def test_merging_changes_neither_part_and_accepts_empty_ones():
     rows, weights = draw(0, 12)
     left, right = streamed(rows[:5], weights[:5], [5]), streamed(rows[5:], weights[5:], [7])
