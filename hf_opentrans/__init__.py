@@ -25,6 +25,18 @@ from .pruning import (
     prune_model,
     slice_model,
 )
+from .spectra import (
+    LayerSelection,
+    SpectralConfig,
+    SpectralReport,
+    TrainingCost,
+    analyze_spectra,
+    freeze_unselected,
+    full_training_cost,
+    get_peft_model,
+    select_layers,
+    training_cost,
+)
 
 __version__ = "0.1.0"
 
@@ -40,6 +52,7 @@ DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentati
 __all__ = [
     "DenseCLIPForSegmentation",
     "LatencyTable",
+    "LayerSelection",
     "OpenVocabularyProcessor",
     "OpenVocabularySegmenterOutput",
     "PruningConfig",
@@ -52,11 +65,20 @@ __all__ = [
     "SparseCLIPVisionConfig",
     "SparseCLIPVisionModel",
     "SparseCLIPVisionModelWithProjection",
+    "SpectralConfig",
+    "SpectralReport",
     "Subnetwork",
+    "TrainingCost",
     "Vocabulary",
+    "analyze_spectra",
     "apply_masks",
+    "freeze_unselected",
+    "full_training_cost",
+    "get_peft_model",
     "measure_latency_table",
     "prune_model",
     "segment",
+    "select_layers",
     "slice_model",
+    "training_cost",
 ]

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "hf_opentrans"
 CONFIGS, MODELINGS = "models.configuration_*", "models.modeling_*"
 CLIP = "models.modeling_sparse_clip"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
-ALL_BUT_CLI = "_* models* data* pruning* loading evaluation benchmark* demo*"
+ALL_BUT_CLI = "_* models* data* pruning* spectra* loading evaluation benchmark* demo*"
 MAY_IMPORT = {
     "__main__": "cli",
     "_optional": "",
@@ -36,6 +36,10 @@ MAY_IMPORT = {
     "pruning": "pruning.*",
     "pruning.allocation": "_* pruning.*",  # numbers in, numbers out: it never sees a model
     "pruning.*": "_* models* pruning.*",
+    "spectra": "spectra.*",
+    "spectra.esd": "",  # tensors in, frozen results out
+    "spectra.tail_fits": "spectra.esd",
+    "spectra.*": "_* spectra.*",  # any model, pruned or not
     "loading": "_* models*",
     "evaluation": "_* models* data* loading",
     "benchmark*": ALL_BUT_CLI,
