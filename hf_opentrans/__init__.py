@@ -2,8 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 
+from .models.configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
-from .models.modeling_dense_clip import DenseCLIPForSegmentation, OpenVocabularySegmenterOutput
+from .models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
+from .models.modeling_dense_clip import DenseCLIPForSegmentation
+from .models.modeling_open_vocabulary import OpenVocabularySegmenterOutput
 from .models.modeling_sparse_clip import (
     SparseCLIPModel,
     SparseCLIPVisionModel,
@@ -45,11 +48,17 @@ for _config, _model in ((SparseCLIPVisionConfig, SparseCLIPVisionModel), (Sparse
     AutoModel.register(_config, _model)
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
+AutoConfig.register(DeepLabV3PlusConfig.model_type, DeepLabV3PlusConfig)
 AutoModelForSemanticSegmentation.register(SparseCLIPConfig, DenseCLIPForSegmentation)
+AutoModelForSemanticSegmentation.register(DeepLabV3PlusConfig, DeepLabV3PlusForSegmentation)
+DeepLabV3PlusConfig.register_for_auto_class()
+DeepLabV3PlusForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 SparseCLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
+    "DeepLabV3PlusConfig",
+    "DeepLabV3PlusForSegmentation",
     "DenseCLIPForSegmentation",
     "LatencyTable",
     "LayerSelection",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPImageProcessorPil, CLIPProcessor
+from transformers import AutoModel, CLIPImageProcessorPil, CLIPProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -98,6 +99,28 @@ def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
         check_finite(model.state_dict())
         disk_dtype = _disk_dtype(path, revision)
     return Loaded(model, processor, path, disk_dtype)
+
+
+def load_any(name: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+    """Load any transformers model by the class that its config names; a CLIP as the sparse class of its kind.
+
+    Args:
+        name: A folder, a Hub id, or "clip-scenes".
+        revision: Commit, tag or branch on the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or model.
+        ValueError: If its files are damaged, or transformers does not know the model.
+    """
+    path = resolve_model(name)
+    with _clear_errors(path), quiet_transformers():
+        values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        if str(values.get("model_type")) in (*CLIP_MODEL_TYPES, *VISION_MODEL_TYPES):
+            return load_clip(path, revision=revision).model
+        named = getattr(transformers, (values.get("architectures") or [""])[0], AutoModel)
+        model = named.from_pretrained(path, revision=revision, dtype=torch.float32).eval()
+        check_finite(model.state_dict())
+    return model
 
 
 def load_segmenter(

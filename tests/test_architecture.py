@@ -16,9 +16,9 @@ PACKAGE = REPOSITORY / "hf_opentrans"
 # A module may import the modules of its first matching row. Names are relative to hf_opentrans;
 # a package is its __init__ and "." is the root. No row lists the cli but its own.
 CONFIGS, MODELINGS = "models.configuration_*", "models.modeling_*"
-CLIP = "models.modeling_sparse_clip"
+CLIP, OPEN = "models.modeling_sparse_clip", "models.modeling_open_vocabulary"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
-ALL_BUT_CLI = "_* models* data* pruning* spectra* loading evaluation benchmark* demo*"
+ALL_BUT_CLI = "_* models* data* pruning* spectra* training* loading evaluation benchmark* demo*"
 MAY_IMPORT = {
     "__main__": "cli",
     "_optional": "",
@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "models": "models.*",
     CONFIGS: CONFIGS,
     CLIP: CONFIGS,
-    MODELINGS: f"{CONFIGS} {CLIP} models.vocabulary",  # never each other
+    OPEN: f"{CLIP} models.vocabulary",
+    MODELINGS: f"{CONFIGS} {CLIP} {OPEN} models.vocabulary",  # never each other
     "models.vocabulary": TEXT,
     "models.processing_*": f"{TEXT} models.segmentation_result {MODELINGS}",
     "models.segmenting": "models.*",
@@ -40,6 +41,8 @@ MAY_IMPORT = {
     "spectra.esd": "",  # tensors in, frozen results out
     "spectra.tail_fits": "spectra.esd",
     "spectra.*": "_* spectra.*",  # any model, pruned or not
+    "training": "_optional training.*",
+    "training.*": "_* models* data* training.*",
     "loading": "_* models*",
     "evaluation": "_* models* data* loading",
     "benchmark*": ALL_BUT_CLI,

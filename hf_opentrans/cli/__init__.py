@@ -3,7 +3,8 @@
 import sys
 
 from hf_opentrans._memory import keep_freed_memory
-from hf_opentrans.cli import benchmark as _benchmark  # noqa: F401 (registers its commands)
+from hf_opentrans.cli import analyze as _analyze  # noqa: F401 (registers its commands)
+from hf_opentrans.cli import benchmark as _benchmark  # noqa: F401
 from hf_opentrans.cli import commands as _commands  # noqa: F401
 from hf_opentrans.cli import latency as _latency  # noqa: F401
 from hf_opentrans.cli._common import app, repeat_options

@@ -13,44 +13,23 @@ The modes differ in the last block alone (X: its input, q, k, v: of layer_norm1(
 This file travels with checkpoints as remote code.
 """
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
-from transformers.utils.generic import ModelOutput
 
 from .configuration_sparse_clip import SEGMENTATION_MODES
-from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPEncoderLayer, SparseCLIPModel
+from .modeling_open_vocabulary import OpenVocabularyModel, OpenVocabularySegmenterOutput, text_embeddings_of
+from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPEncoderLayer
 from .vocabulary import Vocabulary
 
 NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
 _PUBLISHED_REDUCED = {"vanilla": False, "maskclip": True, "sclip": False, "clearclip": True, "naclip": True}
 
 
-@dataclass
-class OpenVocabularySegmenterOutput(ModelOutput):
-    """What an open-vocabulary segmenter returns.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(batch_size, queries, grid_height, grid_width)`, *optional*):
-            Cosine of every patch token with every text embedding, times `logit_scale`.
-        dense_embeds (`torch.FloatTensor` of shape `(batch_size, dim, grid_height, grid_width)`):
-            Patch tokens in the space shared with text, unit length (averaged over windows in "slide").
-        vocabulary (`Vocabulary`, *optional*):
-            The vocabulary that the queries belong to.
-    """
-
-    logits: torch.Tensor | None = None
-    dense_embeds: torch.Tensor | None = None
-    vocabulary: Vocabulary | None = None
-
-
-class DenseCLIPForSegmentation(SparseCLIPModel):
+class DenseCLIPForSegmentation(OpenVocabularyModel):
     """CLIP as a segmenter, without training. Same weights as [`SparseCLIPModel`]; loads any CLIP folder."""
-
-    main_input_name = "pixel_values"
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
         self,
@@ -80,13 +59,7 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
         Raises:
             ValueError: If a choice is unknown, the image is no multiple of the patch size, or the text is not encoded.
         """
-        if vocabulary is not None:
-            text_embeddings = vocabulary.text_embeddings
-            if text_embeddings is None:
-                raise ValueError(
-                    "The vocabulary has no text embeddings. It must be encoded by this model first. "
-                    "Call model.encode_vocabulary(vocabulary, tokenizer)."
-                )
+        text_embeddings = text_embeddings_of(vocabulary, text_embeddings)
         if inference == "whole":
             tokens = self.get_dense_features(pixel_values, mode, reduced)
         elif inference == "slide":
@@ -104,41 +77,13 @@ class DenseCLIPForSegmentation(SparseCLIPModel):
     ) -> torch.Tensor:
         """Return unit patch tokens in the space shared with text, `(batch_size, dim, grid_height, grid_width)`."""
         mode, reduced = self._resolve_mode(mode, reduced)
-        patch = self._patch_size
-        height, width = pixel_values.shape[-2:]
-        if height % patch or width % patch or not height or not width:
-            raise ValueError(
-                f"The image is {height} x {width} pixels. Both sides must be multiples of the patch size {patch}. "
-                "Resize it, for example with OpenVocabularyProcessor."
-            )
-        vision, grid = self.vision_model, (height // patch, width // patch)
+        vision, grid = self.vision_model, self._grid(pixel_values)
         hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
         for layer in self._layers[:-1]:
             hidden = layer(hidden, None)
         hidden = self._last_block(hidden, grid, mode, reduced)
         tokens = self.visual_projection(vision.post_layernorm(hidden[:, 1:]))
         return normalize(tokens, dim=-1).transpose(1, 2).unflatten(2, grid)
-
-    def encode_vocabulary(self, vocabulary: Vocabulary, tokenizer: Any) -> Vocabulary:
-        """Return `vocabulary` with the text embeddings of this model; remembers the last vocabularies it encoded."""
-        cache: dict[str, Vocabulary] = self.__dict__.setdefault("_vocabularies", {})
-        # In training the text tower may change between calls.
-        key = vocabulary.fingerprint
-        if self.training or key not in cache:
-            cache[key] = vocabulary.encode(lambda texts: self._embed_texts(texts, tokenizer))
-            while len(cache) > 8:
-                cache.pop(next(iter(cache)))
-        return cache[key]
-
-    @torch.no_grad()
-    def _embed_texts(self, texts: list[str], tokenizer: Any) -> torch.Tensor:
-        limit = self.text_model.config.max_position_embeddings
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(self.device)
-        return cast("Any", self.get_text_features(**inputs)).pooler_output
-
-    @property
-    def _patch_size(self) -> int:
-        return cast("int", self.vision_model.config.patch_size)
 
     @property
     def _layers(self) -> list[SparseCLIPEncoderLayer]:
@@ -242,4 +187,4 @@ def neighbour_bias(
     return nn.functional.pad(bias, (1, 0, 1, 0)).to(dtype)
 
 
-__all__ = ["DenseCLIPForSegmentation", "OpenVocabularySegmenterOutput"]
+__all__ = ["DenseCLIPForSegmentation"]

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
 from .image_loading import ImageInput, as_list, load_rgb
-from .modeling_dense_clip import OpenVocabularySegmenterOutput
+from .modeling_open_vocabulary import OpenVocabularySegmenterOutput
 from .segmentation_result import UNLABELLED, SegmentationResult
 from .vocabulary import BACKGROUND_NAME, Vocabulary
 

@@ -124,18 +124,7 @@ class SpectralReport:
 
     def table(self) -> Table:
         """Return header and cells for people, one line per layer."""
-        header = [
-            "layer",
-            "shape",
-            "alpha",
-            "interval",
-            "KS",
-            "tail",
-            "debiased",
-            "stable rank",
-            "eff. rank",
-            "spikes",
-        ]
+        header = ["layer", "shape", "alpha", "interval", "KS", "debiased", "stable rank", "spikes"]
         return _without_empty(header, [_cells(entry) for entry in self.layers])
 
     def to_dict(self) -> dict[str, Any]:
@@ -342,10 +331,8 @@ def _cells(entry: LayerSpectrum) -> list[str]:
         show(fit.alpha, ".3f") + (" ?" if entry.is_undecided else ""),
         interval,
         show(fit.ks_distance if fit.reliable else None, ".3f"),
-        f"{fit.tail_count}/{entry.num_eigenvalues}",
         show(entry.alpha_debiased, ".3f"),
         show(metrics.stable_rank, ".1f"),
-        show(metrics.effective_rank, ".0f"),
         show(metrics.num_spikes, "d"),
     ]
 

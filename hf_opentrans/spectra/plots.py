@@ -62,16 +62,26 @@ def draw_report(report: Any, path: str | Path | None = None, metric: str = "alph
         x = [places[entries[name].layer.block] for name in shown]
         y = [measured[name] for name in shown]
         colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-        axis.plot(x, y, color=colour, linewidth=1.2 if label != "other" else 0, label=label, zorder=2)
-        hollow = ["white" if entries[name].is_undecided else colour for name in shown]
-        axis.scatter(x, y, c=hollow, edgecolors=colour, marker=marker, s=34, zorder=3)
+        width = 1.2 if label != "other" else 0
+        axis.plot(x, y, color=colour, linewidth=width, marker=marker, markersize=6, label=label, zorder=2)
+        undecided = [place for place, name in enumerate(shown) if entries[name].is_undecided]
+        axis.plot(
+            [x[place] for place in undecided],
+            [y[place] for place in undecided],
+            color=colour,
+            marker=marker,
+            markerfacecolor="white",
+            linewidth=0,
+            zorder=3,
+        )
         for place, name in zip(x, shown, strict=True):
             interval = entries[name].fit.interval
             if metric == "alpha" and interval is not None:
                 axis.plot([place, place], interval, color=colour, linewidth=0.8, alpha=0.5, zorder=1)
     middle = float(np.median(list(measured.values())))
     axis.axhline(middle, color="#888888", linewidth=0.9, linestyle="--", label=f"median {middle:.2f}")
-    axis.set_xticks(range(len(places)), [_short(name) for name in places], rotation=90 if len(places) > 16 else 0)
+    labels = [name.rpartition(".")[2] or "(top)" for name in places]
+    axis.set_xticks(range(len(places)), labels, rotation=0 if len(places) <= 16 and max(map(len, labels)) < 6 else 90)
     axis.set_xlabel("block")
     axis.set_ylabel(metric.replace("_", " "))
     axis.set_title(f"{report.model}: {metric.replace('_', ' ')} by depth, fit {report.fit}", loc="left", fontsize=11)
@@ -141,7 +151,3 @@ def _lines(report: Any) -> dict[str, list[str]]:
         else:
             others += names
     return {**lines, "other": others} if others else lines
-
-
-def _short(block: str) -> str:
-    return block.rpartition(".")[2] if block.rpartition(".")[2].isdigit() else block or "-"

@@ -142,7 +142,7 @@ def select_layers(
         ValueError: If the rule or the granularity is unknown, the fraction is out of range, a rule lacks what it
             needs, or the model has no layer to choose.
     """
-    _check(rule, granularity, fraction)
+    check_selection(rule, granularity, fraction)
     report, model = report_or_model, None
     if not isinstance(report, SpectralReport):
         report, model = None, report
@@ -230,7 +230,8 @@ def parameter_groups(
     return [{"params": parameters, "lr": rate} for rate, parameters in grouped.items() if parameters]
 
 
-def _check(rule: str, granularity: str, fraction: float) -> None:
+def check_selection(rule: str, granularity: str, fraction: float) -> None:
+    """Raise ValueError if a value is unknown or out of range."""
     for name, value, known in (("rule", rule, RULES), ("granularity", granularity, GRANULARITIES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}. It must be one of {', '.join(known)}. Correct it.")

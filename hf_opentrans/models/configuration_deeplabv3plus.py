@@ -1,0 +1,53 @@
+"""Configuration of a CLIP with a DeepLabV3+ decoder.
+
+This file travels with checkpoints as remote code: it imports nothing but transformers, huggingface_hub and siblings.
+"""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_sparse_clip import SparseCLIPConfig
+
+
+@strict
+class DeepLabV3PlusConfig(SparseCLIPConfig):
+    r"""Configuration of a [`DeepLabV3PlusForSegmentation`]: a [`SparseCLIPConfig`] with a decoder.
+
+    Args:
+        decoder_channels (`int`, *optional*, defaults to 256):
+            Width of the pyramid and of the decoder.
+        skip_channels (`int`, *optional*, defaults to 48):
+            Width of the low-level features in the decoder.
+        low_level_layer (`int`, *optional*):
+            Layer of the vision tower after which the low-level features are taken, counted from 1. Defaults to a third
+            of the layers.
+        atrous_rates (`list[int]`, *optional*, defaults to `[3, 6, 9]`):
+            Dilations of the pyramid, in patches.
+        classifier_scale (`float`, *optional*, defaults to 10.0):
+            Initial factor on the cosines of pixels and names; it is learned.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that do not count.
+    """
+
+    model_type = "sparse_clip_deeplabv3plus"
+    readable_model_types = (model_type,)
+
+    decoder_channels: int = 256
+    skip_channels: int = 48
+    low_level_layer: int | None = None
+    atrous_rates: list[int] | tuple[int, ...] = (3, 6, 9)
+    classifier_scale: float | int = 10.0
+    semantic_loss_ignore_index: int = 255
+
+    def validate_decoder(self) -> None:
+        """Part of `@strict`-powered validation."""
+        for name in ("decoder_channels", "skip_channels", "classifier_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
+        if not self.atrous_rates or min(self.atrous_rates) < 1:
+            raise ValueError(f"atrous_rates is {self.atrous_rates}. It must hold positive integers. Correct it.")
+        layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if self.low_level_layer is not None and layers and not 1 <= self.low_level_layer <= layers:
+            raise ValueError(f"low_level_layer is {self.low_level_layer}. It must lie in [1, {layers}]. Correct it.")
+
+
+__all__ = ["DeepLabV3PlusConfig"]

@@ -1,0 +1,194 @@
+"""DeepLabV3+ on a CLIP vision transformer, with text embeddings as the classifier.
+
+Chen et al. 2018 (arXiv 1802.02611) on a plain transformer: the map of the last layer goes through the atrous pyramid,
+is enlarged twice and meets a low-level map. Group norm takes the place of batch norm: small batches, several processes
+and frozen parts then give the same figures. This file travels with checkpoints as remote code.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, interpolate, normalize
+from transformers import initialization as init
+
+from .configuration_deeplabv3plus import DeepLabV3PlusConfig
+from .configuration_sparse_clip import SparseCLIPVisionConfig
+from .modeling_open_vocabulary import OpenVocabularyModel, OpenVocabularySegmenterOutput, text_embeddings_of
+from .modeling_sparse_clip import SparseCLIPEncoderLayer, SparseCLIPModel
+from .vocabulary import Vocabulary
+
+MOST_GROUPS = 16
+
+
+class DecoderConvolution(nn.Conv2d):
+    """A convolution of the decoder; its own class, so that initialisation tells it from the patch embedding."""
+
+
+def _block(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+    groups = math.gcd(outputs, MOST_GROUPS)
+    padding = dilation * (kernel // 2)
+    convolution = DecoderConvolution(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(groups, outputs), nn.ReLU())
+
+
+class AtrousPyramid(nn.Module):
+    """Atrous spatial pyramid pooling: a 1x1 convolution, dilated 3x3 ones, and the mean of the map, side by side."""
+
+    def __init__(self, inputs: int, outputs: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([_block(inputs, outputs, 1), *(_block(inputs, outputs, 3, r) for r in rates)])
+        self.pooled = _block(inputs, outputs, 1)
+        self.project = _block(outputs * (len(rates) + 2), outputs, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `(batch_size, inputs, height, width)` to `(batch_size, outputs, height, width)`."""
+        pooled = self.pooled(features.mean((2, 3), keepdim=True)).expand(-1, -1, *features.shape[2:])
+        return self.project(torch.cat([*(branch(features) for branch in self.branches), pooled], 1))
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """Pyramid, decoder and projection into the space shared with text; twice as fine as the patches."""
+
+    def __init__(self, config: DeepLabV3PlusConfig) -> None:
+        super().__init__()
+        hidden = cast("SparseCLIPVisionConfig", config.vision_config).hidden_size
+        channels, skip = config.decoder_channels, config.skip_channels
+        self.pyramid = AtrousPyramid(hidden, channels, tuple(config.atrous_rates))
+        self.low_level = _block(hidden, skip, 1)
+        self.decoder = nn.Sequential(_block(channels + skip, channels, 3), _block(channels, channels, 3))
+        self.project = DecoderConvolution(channels, cast("int", config.projection_dim), 1)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.classifier_scale)))
+
+    def forward(self, features: torch.Tensor, low_level: torch.Tensor) -> torch.Tensor:
+        """Return unit embeddings of shape `(batch_size, dim, 2 height, 2 width)` of two maps on the patch grid."""
+        high = _double(self.pyramid(features))
+        low = _double(self.low_level(low_level))
+        return normalize(self.project(self.decoder(torch.cat([high, low], 1))), dim=1)
+
+
+class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
+    """A CLIP with a trained DeepLabV3+ decoder. The text tower is never trained: no gradient reaches it."""
+
+    config: DeepLabV3PlusConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config_class = DeepLabV3PlusConfig
+
+    def __init__(self, config: DeepLabV3PlusConfig) -> None:
+        super().__init__(config)
+        self.head = DeepLabV3PlusHead(config)
+        layers = cast("SparseCLIPVisionConfig", config.vision_config).num_hidden_layers
+        self.low_level_layer = config.low_level_layer or max(1, round(layers / 3))
+        for unused in (self.text_model, self.text_projection, self.visual_projection):
+            unused.requires_grad_(False)
+        self.logit_scale.requires_grad_(False)
+        self.post_init()
+
+    @classmethod
+    def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> "DeepLabV3PlusForSegmentation":
+        """Put a new decoder on a CLIP, dense or pruned.
+
+        Args:
+            clip: A [`SparseCLIPModel`] or a segmenter made of one; not changed.
+            **options: Fields of [`DeepLabV3PlusConfig`]: `decoder_channels`, `atrous_rates`, ...
+        """
+        values = clip.config.to_dict()
+        for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
+            values.pop(name, None)
+        config = DeepLabV3PlusConfig(**{**values, **options})
+        model = cls(config).to(device=clip.device, dtype=clip.dtype)  # pyright: ignore[reportCallIssue]
+        tower = {name: value for name, value in clip.state_dict().items() if not name.startswith("head.")}
+        missing, unexpected = model.load_state_dict(tower, strict=False)
+        lost = [name for name in missing if not name.startswith("head.")]
+        if lost or unexpected:
+            raise ValueError(
+                f"The {type(clip).__name__} does not fit: {len(lost)} weights are missing ({lost[:2]}), "
+                f"{len(unexpected)} are foreign ({unexpected[:2]}). Give a SparseCLIPModel."
+            )
+        model.config.name_or_path = clip.config.name_or_path
+        return model
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
+        self,
+        pixel_values: torch.Tensor,
+        vocabulary: Vocabulary | None = None,
+        text_embeddings: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> OpenVocabularySegmenterOutput:
+        """Compare every position with every text embedding; with labels, return their cross-entropy.
+
+        Args:
+            pixel_values: Images of shape `(batch_size, 3, height, width)`, both sides multiples of the patch size.
+            vocabulary: An encoded [`Vocabulary`] (see `encode_vocabulary`).
+            text_embeddings: Instead of a vocabulary, unit embeddings of shape `(queries, dim)`.
+            labels: Index of the query of every pixel, `(batch_size, label_height, label_width)`, of any size;
+                `config.semantic_loss_ignore_index` where a pixel does not count.
+            **kwargs: Ignored, so that a whole batch of a processor can be passed.
+
+        Raises:
+            ValueError: If the image is no multiple of the patch size, the text is not encoded, or labels are given
+                without text or outside of it.
+        """
+        text_embeddings = text_embeddings_of(vocabulary, text_embeddings)
+        features, low_level = self._features(pixel_values)
+        embeds = self.head(features, low_level)
+        logits = loss = None
+        if text_embeddings is not None:
+            text_embeddings = text_embeddings.to(embeds.device, embeds.dtype)
+            logits = self.head.logit_scale.exp() * torch.einsum("bdhw,qd->bqhw", embeds, text_embeddings)
+        if labels is not None:
+            loss = _cross_entropy(logits, labels, self.config.semantic_loss_ignore_index)
+        return OpenVocabularySegmenterOutput(loss=loss, logits=logits, dense_embeds=embeds, vocabulary=vocabulary)
+
+    def _features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the map of the last layer and the low-level one, `(batch_size, hidden_size, *grid)` each."""
+        grid, vision = self._grid(pixel_values), self.vision_model
+        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
+        low = hidden
+        for index, layer in enumerate(cast("list[SparseCLIPEncoderLayer]", vision.encoder.layers), 1):
+            hidden = layer(hidden, None)
+            if index == self.low_level_layer:
+                low = hidden
+        maps = (vision.post_layernorm(hidden), low)
+        return maps[0][:, 1:].transpose(1, 2).unflatten(2, grid), maps[1][:, 1:].transpose(1, 2).unflatten(2, grid)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DecoderConvolution):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, DeepLabV3PlusHead):
+            init.constant_(module.logit_scale, math.log(self.config.classifier_scale))
+
+
+def _double(features: torch.Tensor) -> torch.Tensor:
+    return interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def _cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    if logits is None:
+        raise ValueError("There are labels and no text. The loss compares pixels with names. Pass text_embeddings.")
+    counted = labels[labels != ignore_index]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[1]:
+        raise ValueError(
+            f"Labels reach from {int(counted.min())} to {int(counted.max())}. They must lie in [0, "
+            f"{logits.shape[1] - 1}], one for each name, or be ignore_index={ignore_index}. Correct the masks or the "
+            "vocabulary."
+        )
+    if labels.ndim != 3 or len(labels) != len(logits):
+        raise ValueError(
+            f"labels have the shape {tuple(labels.shape)}. They must be (batch_size, height, width) with batch_size "
+            f"{len(logits)}. Correct them."
+        )
+    full = interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    total = cross_entropy(full, labels.long(), ignore_index=ignore_index, reduction="sum")
+    return total / max(counted.numel(), 1)  # a batch without labels has no loss, not NaN
+
+
+__all__ = ["DeepLabV3PlusForSegmentation"]
