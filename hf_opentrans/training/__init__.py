@@ -1,9 +1,16 @@
-"""Training with transformers' Trainer."""
+"""Training with transformers' Trainer: segmentation heads, and label-free recovery of pruned towers."""
 
 from hf_opentrans._optional import require
 
 require("train", "accelerate")
 
+from .distillation import DistillationTrainer, DistillationWeights, ImageDataset  # noqa: E402
 from .segmentation import SegmentationDataset, SegmentationTrainer  # noqa: E402
 
-__all__ = ["SegmentationDataset", "SegmentationTrainer"]
+__all__ = [
+    "DistillationTrainer",
+    "DistillationWeights",
+    "ImageDataset",
+    "SegmentationDataset",
+    "SegmentationTrainer",
+]
