@@ -1,7 +1,6 @@
 """What training costs: multiply-accumulates of the forward pass and of the gradients that are really needed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .gradients import Loss, own_loss
+from .gradients import Loss, own_loss, untouched
 from .layers import find_layers
 
 
@@ -70,23 +69,24 @@ def training_cost(model: nn.Module, batch: Any, *, loss: Loss | None = None) -> 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise ValueError("No parameter trains. A training step needs one. Set requires_grad, or select layers.")
-    weights: dict[str, int] = {}
+    weights = counted = 0
     counter = FlopCounterMode(display=False, depth=1000)
-    with _untouched(model), sdpa_kernel(SDPBackend.MATH):  # fused CPU attention is not counted
+    with untouched(model), sdpa_kernel(SDPBackend.MATH):  # fused CPU attention is not counted
         with counter:
             found = (loss or own_loss)(model, batch)
         forward = counter.get_total_flops()
-        by_module = {name: sum(values.values()) for name, values in counter.get_flop_counts().items()}
-        root = type(model).__name__
-        for name in find_layers(model):
-            if model.get_submodule(name).weight.requires_grad:  # pyright: ignore[reportAttributeAccessIssue]
-                weights[name] = by_module.get(f"{root}.{name}", 0)
         with FlopCounterMode(display=False) as backward_counter:
             found.backward()
-        backward = backward_counter.get_total_flops()
+        by_module = {name: sum(values.values()) for name, values in counter.get_flop_counts().items()}
+        for name in find_layers(model):
+            module: Any = model.get_submodule(name)
+            if module.weight.grad is not None:  # trained, and reached by the loss
+                own = by_module.get(f"{type(model).__name__}.{name}", 0)
+                weights += own
+                # torch's counter takes the weight gradient of a grouped convolution for a dense one.
+                counted += own * getattr(module, "groups", 1)
     samples = _samples(batch)
-    own = sum(weights.values())
-    counts = (forward, backward - own, own)
+    counts = (forward, backward_counter.get_total_flops() - counted, weights)
     per_sample = [round(flops / 2 / samples) for flops in counts]
     params = sum(parameter.numel() for parameter in model.parameters())
     return TrainingCost(per_sample[0], per_sample[1], per_sample[2], trainable, params)
@@ -94,22 +94,11 @@ def training_cost(model: nn.Module, batch: Any, *, loss: Loss | None = None) -> 
 
 def full_training_cost(model: nn.Module, batch: Any, *, loss: Loss | None = None) -> TrainingCost:
     """Return what `training_cost` would be if every parameter trained; the arguments are the same."""
-    with _untouched(model):
+    with untouched(model):
         model.requires_grad_(True)
         return training_cost(model, batch, loss=loss)
 
 
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, requires_grad, gradient in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-
-
 def _samples(batch: Any) -> int:
-    values = batch.values() if hasattr(batch, "values") else [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
     return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim), 1)

@@ -1,7 +1,8 @@
 """Scores of layers from a few batches of a loss: how much each would learn, and at what cost."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,16 +42,15 @@ def gradient_scores(
     """
     chosen = list(find_layers(model) if names is None else names)
     modules = {name: model.get_submodule(name) for name in chosen}
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    gradients = {parameter: parameter.grad for parameter in before}
-    was_training, count = model.training, 0
+    count = 0
     sums: dict[str, torch.Tensor] = {}
     squares, macs = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0.0)
-    hooks = [module.register_forward_hook(_counter(macs, name)) for name, module in modules.items()]
-    try:
-        model.eval().requires_grad_(False)
+    with untouched(model), ExitStack() as hooks:
+        model.requires_grad_(False)
         for module in modules.values():
             module.weight.requires_grad_(True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(_counter(macs, name)))
         for batch in batches:
             count += 1
             model.zero_grad(set_to_none=True)
@@ -60,13 +60,6 @@ def gradient_scores(
                 if gradient is not None:  # a layer that the loss does not reach learns nothing
                     sums[name] = sums[name].add_(gradient) if name in sums else gradient.detach().clone()
                     squares[name] += float(gradient.double().square().sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-        for parameter, requires_grad in before.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradients[parameter]
     if not count:
         raise ValueError("There are 0 batches. Gradients need at least one. Give some.")
     means = {name: float(sums[name].double().square().sum()) / count**2 if name in sums else 0.0 for name in chosen}
@@ -74,6 +67,22 @@ def gradient_scores(
         return {name: math.sqrt(means[name]) / (float(weight_of(modules[name]).norm()) or 1.0) for name in chosen}
     noise = {name: max(0.0, squares[name] / count - means[name]) / count for name in chosen}
     return {name: max(0.0, means[name] - noise[name]) / max(macs[name] / count, 1.0) for name in chosen}
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a block on a model in eval mode and without gradients, and put both back as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        model.eval().zero_grad(set_to_none=True)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad, gradient in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
 
 
 def own_loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -77,7 +77,7 @@ def ensemble_scores(report: SpectralReport, weights: Mapping[str, float] | None 
                 f"The report has no {metric!r}. The ensemble needs it. Call analyze_spectra(..., debias=True), or "
                 "give weights without it."
             )
-        if metric.startswith("alpha"):
+        if "alpha" in metric:
             values = {name: None if name in undecided else value for name, value in values.items()}
         for name, rank in _ranks(layers, values).items():
             scores[name] += (weight * rank if weight > 0 else -weight * (1 - rank)) / total

@@ -114,7 +114,7 @@ def how_many(fraction: float, count: int) -> int:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}. It must lie in (0, 1]: the share of layers to train. Correct it.")
-    return min(count, math.ceil(fraction * count - 1e-9))
+    return min(count, max(1, math.ceil(fraction * count - 1e-9)))
 
 
 def _describe(name: str, module: nn.Module) -> MatrixLayer:
@@ -130,6 +130,7 @@ def _describe(name: str, module: nn.Module) -> MatrixLayer:
 
 
 def _parts(last: str, module: nn.Module) -> int:
-    if isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features and _FUSED.search(last):
-        return 3
-    return 1
+    outputs, inputs = cast("torch.Tensor", module.weight).shape
+    if isinstance(module, Conv1D):
+        outputs, inputs = inputs, outputs
+    return 3 if outputs == 3 * inputs and _FUSED.search(last) else 1

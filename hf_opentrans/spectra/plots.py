@@ -114,7 +114,8 @@ def draw_spectrum(spectrum: Spectrum, fit: TailFit, path: str | Path | None = No
     values = spectrum.eigenvalues.cpu().numpy()
     figure = Figure(figsize=(10.0, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    edges = np.logspace(math.log10(values[0]), math.log10(values[-1]), 61)
+    high = max(values[-1], values[0] * 1.01)  # equal eigenvalues have no range of their own
+    edges = np.logspace(math.log10(values[0]), math.log10(high), 61)
     left.hist(values, bins=edges.tolist(), density=True, color="#9ecae1")
     left.set_ylabel("density")
     survival = 1 - np.arange(len(values)) / len(values)
@@ -146,7 +147,7 @@ def _lines(report: Any) -> dict[str, list[str]]:
     others: list[str] = []
     for group, names in groups:
         if len(names) > 1 and len(lines) < _MOST_LINES - 1:
-            label = group.split(".")[-1]
+            label = group.split(".")[-1].replace("other", "other layers")
             lines[group if label in lines else label] = names
         else:
             others += names

@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ RULES = {
 SPECTRAL = ("alpha", "alpha_star", "alpha_debiased", "ensemble")
 WITH_BATCHES = ("gradient", "gain_per_cost")
 GRANULARITIES = ("module", "block")
+# What transformers call the list of a vision tower's layers.
+LISTS_OF_LAYERS = ("layers", "layer", "blocks", "resblocks")
 
 
 @dataclass(frozen=True)
@@ -187,13 +190,14 @@ def freeze_unselected(
     selection.check(model)
     chosen = set(selection.names)
     if modules_to_save:
-        more = {name for name, _ in model.named_modules() if matches(name, modules_to_save)}
-        if not more:
-            raise ValueError(
-                f"No module of the {type(model).__name__} is called {modules_to_save!r}. modules_to_save must name "
-                "modules. Correct it."
-            )
-        chosen |= more
+        for wanted in [modules_to_save] if isinstance(modules_to_save, str) else [[name] for name in modules_to_save]:
+            more = {name for name, _ in model.named_modules() if matches(name, wanted)}
+            if not more:
+                raise ValueError(
+                    f"No module of the {type(model).__name__} is called {wanted!r}. modules_to_save must name "
+                    "modules. Correct it."
+                )
+            chosen |= more
     model.requires_grad_(False)
     for name in chosen:
         model.get_submodule(name).requires_grad_(True)
@@ -286,7 +290,8 @@ def _damage_scores(layers: list[MatrixLayer], report: Any) -> dict[str, float]:
     scores: dict[str, float] = {}
     for layer in layers:
         parts = layer.name.split(".")
-        index = next((int(part) for part in parts if part.isdigit()), None)
+        numbers = (int(part) for before, part in pairwise(parts) if part.isdigit() and before in LISTS_OF_LAYERS)
+        index = next(numbers, None)
         if index is None or index >= len(report.layers) or ("vision" not in layer.name and "text" in layer.name):
             continue
         entry = report.layers[index]

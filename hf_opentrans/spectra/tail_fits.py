@@ -19,6 +19,8 @@ ADAPTIVE_COUNT, ADAPTIVE_SHARE, ADAPTIVE_STARTS = 20, 0.05, 200
 # Rows of one block of the scan over all starts: a block of doubles stays in the cache.
 SCAN_BLOCK = 64
 BOOTSTRAP_STARTS = 40
+# Eigenvalues whose logarithms differ by less than this on average are equal but for rounding.
+EQUAL = 1e-5
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def fit_tail(spectrum: Spectrum, method: str = "hill", *, compat: bool = False) 
             "'adaptive'."
         )
     logs = values.log()
+    if _are_equal(values):
+        return _nothing(method, "all eigenvalues of the tail are equal")
     if method == "hill" and not compat:
         return _textbook_hill(values, logs)
     starts = _starts(values, method, compat)
@@ -124,7 +128,7 @@ def confidence_interval(
     values, found = spectrum.eigenvalues.cpu(), []
     for _ in range(samples):
         drawn = values[torch.randint(len(values), (len(values),), generator=generator)].sort().values
-        if drawn[-1] <= drawn[0]:
+        if _are_equal(drawn):
             continue
         starts = _starts(drawn, method, compat=False)
         if method == "ks":
@@ -151,7 +155,7 @@ def _textbook_hill(values: torch.Tensor, logs: torch.Tensor) -> TailFit:
     count = len(values) // 2
     start = len(values) - count - 1
     total = float((logs[start + 1 :] - logs[start]).sum())
-    if total <= 0:
+    if total <= count * EQUAL:
         return _nothing("hill", "all eigenvalues of the tail are equal")
     alpha = 1 + count / total
     distance = float(_distances(logs, torch.tensor([alpha]).to(logs), [start])[0])
@@ -194,7 +198,7 @@ def _best_of(
     sums = below.flip(0).cumsum(0).flip(0)[every]
     members = len(logs) - every
     alphas = 1 + members / (members * below[every] - sums)
-    usable = torch.isfinite(alphas) & (alphas > 1)
+    usable = torch.isfinite(alphas) & (alphas > 1) & (alphas - 1 < 1 / EQUAL)
     if not bool(usable.any()):
         return _nothing(method, "all eigenvalues of the tail are equal")
     distances = torch.where(usable, _distances(logs, alphas, starts), torch.ones_like(alphas))
@@ -221,6 +225,10 @@ def _distances(logs: torch.Tensor, alphas: torch.Tensor, starts: Sequence[int]) 
         gaps = theory.add_((positions[first:] - at) / (len(logs) - at)).sub_(1).abs_()
         found[rows] = gaps.masked_fill_(positions[first:] < at, 0.0).amax(1)
     return found
+
+
+def _are_equal(values: torch.Tensor) -> bool:
+    return float(values[-1] / values[0]) < 1 + EQUAL
 
 
 def _nothing(method: str, note: str) -> TailFit:

@@ -1,6 +1,7 @@
 """Spectral fine-tuning in PEFT's manner: train and store the chosen layers alone, load them with plain PEFT."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,7 +12,7 @@ from hf_opentrans._optional import require
 
 from .analysis import SpectralReport
 from .gradients import Loss
-from .layers import find_layers
+from .layers import find_layers, matches
 from .selection import LayerSelection, select_layers
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class SpectralConfig:
         target_modules: Which layers are there to choose from; a regular expression or names, as in PEFT. Defaults to
             all linear and convolution layers.
         exclude_modules: Which of these are not.
-        modules_to_save: Other modules that train and are stored: norms, task heads. As in PEFT.
+        modules_to_save: Other modules that train and are stored: norms, task heads. As in PEFT. In mode "full" PEFT's
+            `merge_and_unload` leaves its wrapper around those that consist of several modules.
         lora: Options of `LoraConfig`, for mode "lora": r, lora_alpha, lora_dropout, ...
         seed: Of rule "random".
 
@@ -85,6 +87,11 @@ class SpectralConfig:
         pruning_report: Any = None,
     ) -> LayerSelection:
         """Choose the layers; the arguments are those of `select_layers`."""
+        if any(name.endswith("base_layer") for name, _ in model.named_modules()):
+            raise ValueError(
+                f"The {type(model).__name__} has adapters already, and their copies are no layers to choose from. "
+                "Select before the first adapter is added, and pass `selection`."
+            )
         names = list(find_layers(model, self.target_modules, self.exclude_modules))
         exact = _exactly(names)
         return select_layers(
@@ -116,10 +123,17 @@ class SpectralConfig:
 
         chosen = self.select(model, **options) if selection is None else selection
         chosen.check(model)
-        named: dict[str, Any] = {"target_modules": _exactly(chosen.names)}
-        if self.modules_to_save:
-            named["modules_to_save"] = list(self.modules_to_save)
-        return LNTuningConfig(**named) if self.mode == "full" else LoraConfig(**named, **self.lora)
+        names, saved = list(chosen.names), list(self.modules_to_save or ())
+        if self.mode == "lora":
+            return LoraConfig(target_modules=_exactly(names), modules_to_save=saved or None, **self.lora)
+        more = {name: module for name, module in model.named_modules() if saved and matches(name, saved)}
+        # Single modules are wrapped like the layers: `merge_and_unload` then leaves nothing of PEFT behind.
+        nested = [
+            name for name, module in more.items() if list(module.children()) and not hasattr(module, "base_layer")
+        ]
+        names += [name for name in more if name not in names and name not in nested]
+        kept = [wanted for wanted in saved if any(matches(name, [wanted]) for name in nested)]
+        return LNTuningConfig(target_modules=_exactly(names), modules_to_save=kept or None)
 
 
 def get_peft_model(
@@ -128,8 +142,8 @@ def get_peft_model(
     """Add an adapter on the layers that a `SpectralConfig` selects; any other config goes to PEFT as it is.
 
     The result is a stock `PeftModel`: `save_pretrained`, `print_trainable_parameters`, `disable_adapter`,
-    `add_adapter`, `load_adapter`, `merge_and_unload` are PEFT's. Its further adapters take `config.resolve(model)` of
-    the same selection or of another.
+    `add_adapter`, `load_adapter`, `merge_and_unload` are PEFT's. A further adapter takes
+    `config.resolve(model, selection)`; in mode "full" PEFT needs the same selection for all adapters of a model.
 
     Args:
         model: Changed in place, as PEFT does.
@@ -145,7 +159,10 @@ def get_peft_model(
     import peft
 
     stock = config.resolve(model, **options) if isinstance(config, SpectralConfig) else config
-    found: Any = peft.get_peft_model(model, stock, adapter_name)  # pyright: ignore[reportArgumentType]
+    with warnings.catch_warnings():
+        # PEFT asks for the sides of every module that it wraps, and norms have none. Copies need no sides.
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        found: Any = peft.get_peft_model(model, stock, adapter_name)  # pyright: ignore[reportArgumentType]
     return found
 
 
