@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "spectra.tail_fits": "spectra.esd",
     "spectra.*": "_* spectra.*",  # any model, pruned or not
     "training": "_optional training.*",
-    "training.*": "_* models* data* training.*",
+    "training.*": "_* models* data* spectra* training.*",
     "loading": "_* models*",
     "evaluation": "_* models* data* loading",
     "benchmark*": ALL_BUT_CLI,

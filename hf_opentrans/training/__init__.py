@@ -5,12 +5,16 @@ from hf_opentrans._optional import require
 require("train", "accelerate")
 
 from .distillation import DistillationTrainer, DistillationWeights, ImageDataset  # noqa: E402
+from .finetune import FinetuneConfig, FinetuneResult, finetune  # noqa: E402
 from .segmentation import SegmentationDataset, SegmentationTrainer  # noqa: E402
 
 __all__ = [
     "DistillationTrainer",
     "DistillationWeights",
+    "FinetuneConfig",
+    "FinetuneResult",
     "ImageDataset",
     "SegmentationDataset",
     "SegmentationTrainer",
+    "finetune",
 ]

@@ -1,0 +1,123 @@
+"""The command `finetune`: train a segmentation head and the layers that a rule selects."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from hf_opentrans._distributed import is_main_process, start_processes
+from hf_opentrans._files import check_output_folder
+from hf_opentrans._optional import require
+from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
+from hf_opentrans.data.folder import SegmentationFolder
+from hf_opentrans.loading import load_clip
+from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
+
+# Not imported at the top: training needs an extra, and transformers' Trainer takes seconds.
+_REPORT = "training_report.json"
+
+
+@app.command()
+@guarded
+def finetune(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a CLIP with both towers, or 'clip-scenes'.")],
+    dataset: Annotated[Path, typer.Option(help="Folder with images/, masks/ and classes.json.")],
+    output: Annotated[Path, typer.Option(help="Folder for the trained model.")],
+    framework: Annotated[str | None, typer.Option(help="deeplabv3plus.")] = None,
+    select: Annotated[str | None, typer.Option(help="Rule for the tower's layers, 'full' or 'head'.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the layers that train.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="module | block.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the head.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the crops; default: image_size.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of head, crops and random choices.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to train on; default: 'train' where there is one.")] = None,
+    eval_dataset: Annotated[Path | None, typer.Option(help="Other folder to score on; default: --dataset.")] = None,
+    eval_split: Annotated[
+        str | None, typer.Option(help="Split to score on; default: 'val' where there is one.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with fields of FinetuneConfig; options win.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the same run.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
+) -> None:
+    """Train a text-classified segmentation head on a CLIP, and the layers of its tower that a rule selects."""
+    require("train", "accelerate")
+    from hf_opentrans.training.finetune import FinetuneConfig
+    from hf_opentrans.training.finetune import finetune as run
+
+    given = {"framework": framework, "select": select, "fraction": fraction, "granularity": granularity}
+    given |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "resolution": resolution}
+    given |= {"seed": seed}
+    with usage():
+        values = _read_config(config, {field.name for field in fields(FinetuneConfig)})
+        settings = FinetuneConfig(**{**values, **{name: v for name, v in given.items() if v is not None}})
+    start_processes()
+    check_output_folder(output, marker=_REPORT)
+    train = SegmentationFolder(dataset, split or _existing(dataset, "train"))
+    other = eval_dataset or dataset
+    evaluate = SegmentationFolder(other, eval_split or _existing(other, "val"))
+    loaded = load_clip(model)
+    if not isinstance(loaded.model, SparseCLIPModel):
+        raise TypeError(f"The model {model!r} has no text tower. Names need one. Give a CLIP with both towers.")
+    result = run(
+        loaded.model,
+        loaded.processor,
+        train,
+        evaluate,
+        settings,
+        output,
+        resume=resume,
+        on_stage=_say,
+        progress=shows_progress(),
+    )
+    if not is_main_process():
+        return
+    _show(result.report, f"{model} with {settings.framework}", output)
+    save_json(json_file, command_line(), {"model": model, **result.report})
+
+
+def _read_config(path: Path | None, known: set[str]) -> dict[str, Any]:
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}. --config is a JSON file. Check the path.")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    unknown = sorted(set(values) - known) if isinstance(values, dict) else ["no JSON object"]
+    if unknown:
+        raise ValueError(
+            f"{str(path)!r} holds {', '.join(unknown)}. Fields are {', '.join(sorted(known))}. Correct it."
+        )
+    return values
+
+
+def _existing(folder: Path, split: str) -> str | None:
+    return split if (folder / "images" / split).is_dir() else None
+
+
+def _show(report: dict[str, Any], subject: str, output: Path) -> None:
+    config = report["config"]
+    show_table(_cells(report), title=f"{subject}, {config['steps']} steps, {config['select']}")
+    costs = {name: cost["per_sample"] for name, cost in report["training_cost"].items()}
+    out.print(
+        f"Training took {report['seconds']:.0f} s; a sample costs {costs['selected'] / 1e9:.2f} GMAC, with the whole "
+        f"tower {costs['full'] / 1e9:.2f} ({costs['selected'] / costs['full']:.0%}). Saved to {escape(str(output))}.",
+        highlight=False,
+    )
+
+
+def _say(line: str) -> None:
+    if is_main_process():
+        err.print(escape(line), highlight=False)
+
+
+def _cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = ["", "mIoU", "pixel accuracy", "loss"]
+    cells = [
+        [when, f"{scores['mean_iou']:.1%}", f"{scores['pixel_accuracy']:.1%}", f"{scores['loss']:.3f}"]
+        for when, scores in (("before", report["before"]), ("after", report["after"]))
+    ]
+    return header, cells

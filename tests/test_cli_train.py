@@ -1,0 +1,140 @@
+"""The command `finetune`: what it trains, writes and says, how it goes on, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection
+from hf_opentrans.cli import app
+from hf_opentrans.training import SegmentationTrainer
+
+USAGE, FAILURE = 2, 1
+
+
+def run(*arguments):
+    """Return exit code, standard output and the error on one line."""
+    result = CliRunner().invoke(app, ["finetune", *(str(argument) for argument in arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def dataset(tmp_path, tiny_images):
+    """Return a folder with the splits train and val: the left half is sky, the right one cat."""
+    folder = tmp_path / "data"
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("images", "masks"):
+            (folder / name / split).mkdir(parents=True)
+        for index in range(count):
+            image = tiny_images[index]
+            mask = np.zeros((image.height, image.width), np.uint8)
+            mask[:, image.width // 2 :] = 1
+            mask[0] = 255
+            image.save(folder / "images" / split / f"{index}.png")
+            Image.fromarray(mask).save(folder / "masks" / split / f"{index}.png")
+    (folder / "classes.json").write_text('{"id_to_name": {"0": "sky", "1": "cat; dog"}, "ignore_id": 255}')
+    return folder
+
+
+@pytest.fixture
+def base(tiny_clip_folder, dataset, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"steps": 4, "batch_size": 2, "decoder_channels": 8, "save_every": 2}')
+    return [tiny_clip_folder, "--dataset", dataset, "--config", config]
+
+
+def weights(folder):
+    return DeepLabV3PlusForSegmentation.from_pretrained(folder).state_dict()
+
+
+def test_selected_layers_and_head_train_and_everything_is_saved(tmp_path, base):
+    output, figures = tmp_path / "out", tmp_path / "figures.json"
+    code, out, error = run(*base, "--select", "alpha", "--fraction", 0.25, "--output", output, "--json", figures)
+    assert code == 0, error
+    values = json.loads(figures.read_text())
+    assert (values["config"]["steps"], values["config"]["fraction"], values["samples"]) == (4, 0.25, 8)
+    selection = LayerSelection.load(output / "selection.json")
+    assert values["trained_layers"] == list(selection.names)
+    assert all(name.startswith("vision_model.") for name in selection.names)
+    assert values["training_cost"]["selected"]["per_sample"] < values["training_cost"]["full"]["per_sample"]
+    assert json.loads((output / "training_report.json").read_text())["after"] == values["after"]
+    assert 0 <= values["after"]["mean_iou"] <= 1
+    assert "a sample costs" in out
+    assert not output.with_name("out.checkpoints").exists()
+    other = tmp_path / "other"
+    assert run(*base, "--select", "alpha", "--fraction", 0.25, "--steps", 1, "--output", other)[0] == 0
+    first, second = weights(output), weights(other)
+    changed = {name for name, value in first.items() if not torch.equal(value, second[name])}
+    allowed = (*(f"{name}." for name in selection.names), "head.")
+    assert changed
+    assert all(name.startswith(allowed) for name in changed)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, base, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*base, "--output", whole)[0] == 0
+    train = SegmentationTrainer.train
+
+    def stop(self, *args, **kwargs):
+        # As a kill after the second step does: the checkpoint is there, the rest is not.
+        step = type(self).training_step
+
+        def training_step(trainer, *inputs, **options):
+            if trainer.state.global_step == 3:
+                raise KeyboardInterrupt
+            return step(trainer, *inputs, **options)
+
+        monkeypatch.setattr(SegmentationTrainer, "training_step", training_step)
+        return train(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTrainer, "train", stop)
+        code, _, _ = run(*base, "--output", parts)
+        assert code == 130
+    monkeypatch.undo()
+    assert not parts.exists()
+    assert parts.with_name("parts.checkpoints").is_dir()
+    code, _, error = run(*base, "--learning-rate", 0.5, "--output", parts, "--resume")
+    assert (code, "had another learning_rate (0.001, now 0.5)" in error) == (FAILURE, True), error
+    code, _, error = run(*base, "--output", parts, "--resume")
+    assert code == 0, error
+    first, second = weights(whole), weights(parts)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "exit_code"),
+    [
+        (["--select", "best"], "select is 'best'. It must be one of full, head, alpha", USAGE),
+        (["--fraction", 0], "fraction is 0.0. It must lie in (0, 1]", USAGE),
+        (["--steps", 0], "steps is 0. It must be positive", USAGE),
+        (["--framework", "fcclip"], "framework is 'fcclip'. It must be one of deeplabv3plus", USAGE),
+        (["--split", "test"], "There is no split 'test'", FAILURE),
+        (["--resume"], "There is no checkpoint", FAILURE),
+    ],
+)
+def test_mistakes_end_in_one_sentence(tmp_path, base, options, message, exit_code):
+    code, _, error = run(*base, *options, "--output", tmp_path / "out")
+    assert (code, message in error) == (exit_code, True), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(tmp_path, base):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    code, _, error = run(*base, "--output", output)
+    assert (code, "already holds mine.txt" in error) == (USAGE, True), error
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+
+
+def test_unknown_fields_of_the_config_are_named(tmp_path, base):
+    config = base[-1]
+    config.write_text('{"stpes": 3}')
+    code, _, error = run(*base, "--output", tmp_path / "out")
+    assert (code, "holds stpes. Fields are batch_size," in error) == (USAGE, True), error
