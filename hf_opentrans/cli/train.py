@@ -1,4 +1,4 @@
-"""The command `finetune`: train a segmentation head and the layers that a rule selects."""
+"""The commands `finetune` and `distill`: training after pruning, with masks and without."""
 
 import json
 from dataclasses import fields
@@ -15,6 +15,7 @@ from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.loading import load_clip
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
+from hf_opentrans.pruning.calibration import list_images
 
 # Not imported at the top: training needs an extra, and transformers' Trainer takes seconds.
 _REPORT = "training_report.json"
@@ -78,6 +79,64 @@ def finetune(
         return
     _show(result.report, f"{model} with {settings.framework}", output)
     save_json(json_file, command_line(), {"model": model, **result.report})
+
+
+@app.command()
+@guarded
+def distill(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a pruned CLIP.")],
+    teacher: Annotated[str, typer.Option(help="The dense CLIP that it was pruned from.")],
+    images: Annotated[Path, typer.Option(help="Folder of unlabelled images (searched recursively).")],
+    output: Annotated[Path, typer.Option(help="Folder for the recovered model.")],
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest rate.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the crops; default: image_size.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the images.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with fields of DistillConfig; options win.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the same run.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
+) -> None:
+    """Recover a pruned CLIP without labels: it learns the dense model's tokens on unlabelled images."""
+    require("train", "accelerate")
+    from hf_opentrans.training.recovery import DistillConfig
+    from hf_opentrans.training.recovery import distill as run
+
+    given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    given |= {"resolution": resolution, "seed": seed}
+    with usage():
+        values = _read_config(config, {field.name for field in fields(DistillConfig)})
+        settings = DistillConfig(**{**values, **{name: v for name, v in given.items() if v is not None}})
+    start_processes()
+    check_output_folder(output, marker=_REPORT)
+    found = list_images(images)
+    pruned, dense = load_clip(model), load_clip(teacher)
+    for name, loaded in ((model, pruned), (teacher, dense)):
+        if not isinstance(loaded.model, SparseCLIPModel):
+            raise TypeError(
+                f"The model {name!r} has no text tower. It must be a whole CLIP. Give one with both towers."
+            )
+    report = run(
+        pruned.model,  # pyright: ignore[reportArgumentType]
+        dense.model,  # pyright: ignore[reportArgumentType]
+        pruned.processor,
+        found,
+        settings,
+        output,
+        resume=resume,
+        on_stage=_say,
+        progress=shows_progress(),
+    )
+    if not is_main_process():
+        return
+    header = ["", "CLS cos", "patch cos", "loss"]
+    cells = [
+        [when, *(f"{report[when][name]:.4f}" for name in ("class_token_cosine", "patch_token_cosine", "loss"))]
+        for when in ("before", "after")
+    ]
+    show_table((header, cells), title=f"{model} after {settings.steps} steps of distillation")
+    out.print(f"Training took {report['seconds']:.0f} s. Saved to {escape(str(output))}.", highlight=False)
+    save_json(json_file, command_line(), {"model": model, "teacher": teacher, **report})
 
 
 def _read_config(path: Path | None, known: set[str]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ require("train", "accelerate")
 
 from .distillation import DistillationTrainer, DistillationWeights, ImageDataset  # noqa: E402
 from .finetune import FinetuneConfig, FinetuneResult, finetune  # noqa: E402
+from .recovery import DistillConfig, distill  # noqa: E402
 from .segmentation import SegmentationDataset, SegmentationTrainer  # noqa: E402
 
 __all__ = [
+    "DistillConfig",
     "DistillationTrainer",
     "DistillationWeights",
     "FinetuneConfig",
@@ -16,5 +18,6 @@ __all__ = [
     "ImageDataset",
     "SegmentationDataset",
     "SegmentationTrainer",
+    "distill",
     "finetune",
 ]

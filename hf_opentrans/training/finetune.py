@@ -1,8 +1,6 @@
 """Fine-tune a segmenter or recover a pruned tower: one frozen configuration in, a saved folder with a report out."""
 
 import itertools
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,12 +9,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback
 
-from hf_opentrans._checks import check_finite
-from hf_opentrans._distributed import is_main_process, wait_for_all
-from hf_opentrans._files import check_output_folder, write_folder, write_json
+from hf_opentrans._files import check_output_folder
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
@@ -32,16 +27,16 @@ from hf_opentrans.spectra.selection import (
     select_layers,
 )
 
+from .runs import REPORT_FILE, SELECTION_FILE, Schedule, checkpoints_of, find_checkpoint, save_run
 from .segmentation import SegmentationDataset, SegmentationTrainer
 
 FRAMEWORKS = ("deeplabv3plus",)
 EVERYTHING, HEAD = "full", "head"
-REPORT_FILE, SELECTION_FILE = "training_report.json", "selection.json"
 TOWER = r"vision_model\..*"
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Schedule):
     """How to train.
 
     Args:
@@ -51,16 +46,11 @@ class FinetuneConfig:
         fraction: Share of the layers that a rule trains, in (0, 1].
         granularity: "module" or "block".
         gradient_batches: Batches that the rules "gradient" and "gain_per_cost" look at.
-        steps: Optimiser steps.
-        batch_size: Images per step and process.
-        learning_rate: Of the head.
         tower_rate: Learning rate of the tower / that of the head.
-        weight_decay: Of AdamW.
-        warmup: Share of the steps in which the rate rises; it then falls to zero linearly.
         resolution: Side of the crops in pixels; the CLIP's own where it is None.
         decoder_channels: Width of the decoder.
-        save_every: Steps between checkpoints.
-        seed: Of the head, of the crops and of rule "random".
+
+    All fields of `Schedule` too; `learning_rate` is that of the head.
 
     Raises:
         ValueError: If a value is unknown or out of range.
@@ -71,18 +61,12 @@ class FinetuneConfig:
     fraction: float = 0.5
     granularity: str = "module"
     gradient_batches: int = 8
-    steps: int = 300
-    batch_size: int = 8
-    learning_rate: float = 1e-3
     tower_rate: float = 0.1
-    weight_decay: float = 0.01
-    warmup: float = 0.1
     resolution: int | None = None
     decoder_channels: int = 256
-    save_every: int = 100
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rules = [rule for rule in RULES if rule != "damage"]
         choices = {"framework": FRAMEWORKS, "select": (EVERYTHING, HEAD, *rules), "granularity": GRANULARITIES}
         for name, known in choices.items():
@@ -91,7 +75,7 @@ class FinetuneConfig:
                     f"{name} is {getattr(self, name)!r}. It must be one of {', '.join(known)}. Correct it."
                 )
         how_many(self.fraction, 1)
-        for name in ("steps", "batch_size", "learning_rate", "decoder_channels", "save_every", "gradient_batches"):
+        for name in ("tower_rate", "decoder_channels", "gradient_batches"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
 
@@ -143,13 +127,13 @@ def finetune(
         ValueError: If the data sets differ in their classes, or there is nothing, or something else, to resume from.
     """
     target = check_output_folder(output, marker=REPORT_FILE)
-    checkpoints = target.with_name(f"{target.name}.checkpoints")
+    checkpoints = checkpoints_of(target)
     if train.class_names != evaluate.class_names:
         raise ValueError(
             f"Training has {len(train.class_names)} classes and evaluation {len(evaluate.class_names)}, or in another "
             "order. Both must be the same. Give two splits of one data set."
         )
-    last = _find_checkpoint(checkpoints, config, resume)
+    last = find_checkpoint(checkpoints, config, resume)
     torch.manual_seed(config.seed)
     model = DeepLabV3PlusForSegmentation.from_clip(clip, decoder_channels=config.decoder_channels)
     side = config.resolution or int(model.vision_model.config.image_size)  # pyright: ignore[reportArgumentType]
@@ -178,9 +162,13 @@ def finetune(
         "seconds": seconds,
         "trained_layers": list(selection.names) if selection else config.select,
     }
-    _save(target, model, processor, selection, report)
-    if is_main_process():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def save_more(folder: Path) -> None:
+        processor.save_pretrained(folder)
+        if selection is not None:
+            selection.save(folder / SELECTION_FILE)
+
+    save_run(target, model, report, save_more)
     return FinetuneResult(model, selection, report)
 
 
@@ -195,28 +183,6 @@ def class_embeddings(
         raise RuntimeError("Encoding the vocabulary gave no embeddings. This is a fault of the package: report it.")
     total = queries.new_zeros(len(class_names), queries.shape[1]).index_add_(0, owners.to(queries.device), queries)
     return torch.nn.functional.normalize(total, dim=-1)
-
-
-def _find_checkpoint(folder: Path, config: FinetuneConfig, resume: bool) -> str | None:
-    record = folder / "config.json"
-    if not resume:
-        if is_main_process():
-            shutil.rmtree(folder, ignore_errors=True)
-            write_json(record, asdict(config))
-        wait_for_all()
-        return None
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is None:
-        raise ValueError(f"There is no checkpoint in {str(folder)!r}. A run to resume needs one. Leave --resume out.")
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = [name for name, value in asdict(config).items() if before.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"The run in {str(folder)!r} had another {changed[0]} ({before.get(changed[0])!r}, now "
-            f"{getattr(config, changed[0])!r}). A run goes on as it began. Give the same options, or start anew "
-            "without --resume."
-        )
-    return last
 
 
 def _batches(dataset: Dataset[Any], config: FinetuneConfig, text: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -269,24 +235,7 @@ def _trainer(
     datasets: list[SegmentationDataset],
     progress: bool,
 ) -> SegmentationTrainer:
-    args = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=round(config.warmup * config.steps),
-        lr_scheduler_type="linear",
-        save_strategy="steps",
-        save_steps=config.save_every,
-        save_total_limit=1,
-        logging_steps=max(1, config.steps // 10),
-        seed=config.seed,
-        disable_tqdm=not progress,
-        report_to=[],
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    args = config.arguments(checkpoints, progress=progress)
     tower = [p for p in model.vision_model.parameters() if p.requires_grad]
     head = [p for p in model.head.parameters() if p.requires_grad]
     groups = [{"params": head, "lr": config.learning_rate}]
@@ -303,23 +252,3 @@ def _trainer(
 
 def _scores(metrics: dict[str, float]) -> dict[str, float]:
     return {name: metrics[f"eval_{name}"] for name in ("loss", "mean_iou", "pixel_accuracy")}
-
-
-def _save(
-    target: Path,
-    model: DeepLabV3PlusForSegmentation,
-    processor: Any,
-    selection: LayerSelection | None,
-    report: dict[str, Any],
-) -> None:
-    try:
-        if is_main_process():
-            check_finite(model.state_dict())
-            with write_folder(target, marker=REPORT_FILE) as folder:
-                model.save_pretrained(folder)
-                processor.save_pretrained(folder)
-                write_json(folder / REPORT_FILE, report)
-                if selection is not None:
-                    selection.save(folder / SELECTION_FILE)
-    finally:
-        wait_for_all()

@@ -1,0 +1,135 @@
+"""What every training command shares: checkpoints beside the output, Trainer's arguments, and how a run is saved."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_opentrans._checks import check_finite
+from hf_opentrans._distributed import is_main_process, wait_for_all
+from hf_opentrans._files import write_folder, write_json
+
+REPORT_FILE, SELECTION_FILE = "training_report.json", "selection.json"
+_RECORD = "config.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Args:
+        steps: Optimiser steps.
+        batch_size: Images per step and process.
+        learning_rate: Highest rate.
+        weight_decay: Of AdamW.
+        warmup: Share of the steps in which the rate rises; it then falls to zero linearly.
+        save_every: Steps between checkpoints.
+        seed: Of everything that is drawn.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}. It must lie in [0, 1]. Correct it.")
+
+    def arguments(self, checkpoints: Path, *, progress: bool) -> TrainingArguments:
+        """Return Trainer's arguments."""
+        return TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            warmup_steps=round(self.warmup * self.steps),
+            lr_scheduler_type="linear",
+            save_strategy="steps",
+            save_steps=self.save_every,
+            save_total_limit=1,
+            logging_steps=max(1, self.steps // 10),
+            seed=self.seed,
+            disable_tqdm=not progress,
+            report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+
+
+def checkpoints_of(output: Path) -> Path:
+    """Return the folder beside an output that holds its checkpoints until the run is done."""
+    return output.with_name(f"{output.name}.checkpoints")
+
+
+def find_checkpoint(folder: Path, config: Any, resume: bool) -> str | None:
+    """Return the last checkpoint of a run to resume; for a new run, empty the folder and note the configuration.
+
+    Args:
+        folder: Of `checkpoints_of`.
+        config: A dataclass; the run to resume must have had the same.
+        resume: Which of the two.
+
+    Raises:
+        ValueError: If there is nothing to resume, or the run had another configuration.
+    """
+    record = folder / _RECORD
+    if not resume:
+        if is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(record, asdict(config))
+        wait_for_all()
+        return None
+    last = get_last_checkpoint(str(folder)) if record.is_file() else None
+    if last is None:
+        raise ValueError(f"There is no checkpoint in {str(folder)!r}. A run to resume needs one. Leave --resume out.")
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = [name for name, value in asdict(config).items() if before.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"The run in {str(folder)!r} had another {changed[0]} ({before.get(changed[0])!r}, now "
+            f"{getattr(config, changed[0])!r}). A run goes on as it began. Give the same options, or start anew "
+            "without --resume."
+        )
+    return last
+
+
+def save_run(output: Path, model: Any, report: dict[str, Any], save_more: Callable[[Path], object]) -> None:
+    """Write model and report as one folder, or nothing at all, and remove the checkpoints.
+
+    Args:
+        output: The folder.
+        model: Saved by `save_pretrained`.
+        report: Written as `training_report.json`.
+        save_more: Called with the folder for all else.
+
+    Raises:
+        ValueError: If training made a weight NaN or infinite.
+    """
+    try:
+        if is_main_process():
+            check_finite(model.state_dict())
+            with write_folder(output, marker=REPORT_FILE) as folder:
+                model.save_pretrained(folder)
+                write_json(folder / REPORT_FILE, report)
+                save_more(folder)
+            shutil.rmtree(checkpoints_of(output), ignore_errors=True)
+    finally:
+        wait_for_all()
