@@ -1,4 +1,4 @@
-"""The command `finetune`: what it trains, writes and says, how it goes on, and what it refuses."""
+"""The commands `finetune` and `distill`: what they train, write and say, how they go on, and what they refuse."""
 
 import json
 
@@ -8,16 +8,17 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection
+from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection, SparseCLIPModel
 from hf_opentrans.cli import app
+from hf_opentrans.loading import load_clip
 from hf_opentrans.training import SegmentationTrainer
 
 USAGE, FAILURE = 2, 1
 
 
-def run(*arguments):
+def run(*arguments, command="finetune"):
     """Return exit code, standard output and the error on one line."""
-    result = CliRunner().invoke(app, ["finetune", *(str(argument) for argument in arguments)])
+    result = CliRunner().invoke(app, [command, *(str(argument) for argument in arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
@@ -138,3 +139,39 @@ def test_unknown_fields_of_the_config_are_named(tmp_path, base):
     config.write_text('{"stpes": 3}')
     code, _, error = run(*base, "--output", tmp_path / "out")
     assert (code, "holds stpes. Fields are batch_size," in error) == (USAGE, True), error
+
+
+@pytest.fixture
+def pruned(tmp_path, tiny_clip_folder, images):
+    """Return the options of `distill` for a tiny model that lost most of its neurons, and its dense one."""
+    options = ["--images", images, "--keep", 0.6, "--method", "magnitude", "--output", tmp_path / "pruned"]
+    assert run(tiny_clip_folder, *options, command="prune")[0] == 0
+    config = tmp_path / "distill.json"
+    config.write_text('{"steps": 12, "batch_size": 4, "save_every": 6, "learning_rate": 0.003}')
+    return [tmp_path / "pruned", "--teacher", tiny_clip_folder, "--images", images, "--config", config]
+
+
+def test_a_pruned_model_recovers_without_labels(tmp_path, pruned):
+    output, figures = tmp_path / "out", tmp_path / "figures.json"
+    code, out, error = run(*pruned, "--output", output, "--json", figures, command="distill")
+    assert code == 0, error
+    values = json.loads(figures.read_text())
+    assert values["after"]["loss"] < values["before"]["loss"]
+    assert values["images"]["train"] + values["images"]["held_out"] == len(list(pruned[4].glob("*.png")))
+    assert f"{values['after']['patch_token_cosine']:.4f}" in out
+    before, after = (SparseCLIPModel.from_pretrained(folder).state_dict() for folder in (pruned[0], output))
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"vision_model", "visual_projection"}
+    assert load_clip(output).processor is not None
+    again = tmp_path / "again"
+    assert run(*pruned, "--output", again, command="distill")[0] == 0
+    other = SparseCLIPModel.from_pretrained(again).state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in after.items())
+
+
+def test_a_teacher_of_another_shape_is_refused(tmp_path, pruned):
+    code, _, error = run(*pruned[:2], "clip-scenes", *pruned[3:], "--output", tmp_path / "out", command="distill")
+    assert (code, "and the teacher" in error) == (FAILURE, True), error
+    assert not (tmp_path / "out").exists()
+    code, _, error = run(*pruned, "--steps", 0, "--output", tmp_path / "out", command="distill")
+    assert (code, "steps is 0. It must be positive" in error) == (USAGE, True), error
