@@ -38,6 +38,9 @@ class DeepLabV3PlusConfig(SparseCLIPConfig):
     classifier_scale: float | int = 10.0
     semantic_loss_ignore_index: int = 255
 
+    def __eq__(self, other: object) -> bool:
+        return SparseCLIPConfig.__eq__(self, other)  # the dataclass would bring its own
+
     def validate_decoder(self) -> None:
         """Part of `@strict`-powered validation."""
         for name in ("decoder_channels", "skip_channels", "classifier_scale"):

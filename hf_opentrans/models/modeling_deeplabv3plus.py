@@ -39,7 +39,8 @@ class AtrousPyramid(nn.Module):
     def __init__(self, inputs: int, outputs: int, rates: tuple[int, ...]) -> None:
         super().__init__()
         self.branches = nn.ModuleList([_block(inputs, outputs, 1), *(_block(inputs, outputs, 3, r) for r in rates)])
-        self.pooled = _block(inputs, outputs, 1)
+        # Without norm: of a single position per group it would leave nothing.
+        self.pooled = nn.Sequential(DecoderConvolution(inputs, outputs, 1), nn.ReLU())
         self.project = _block(outputs * (len(rates) + 2), outputs, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -79,10 +80,20 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
         self.head = DeepLabV3PlusHead(config)
         layers = cast("SparseCLIPVisionConfig", config.vision_config).num_hidden_layers
         self.low_level_layer = config.low_level_layer or max(1, round(layers / 3))
+        self.post_init()
+        self._freeze_text()
+
+    def _freeze_text(self) -> None:
         for unused in (self.text_model, self.text_projection, self.visual_projection):
             unused.requires_grad_(False)
         self.logit_scale.requires_grad_(False)
-        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as [`PreTrainedModel.from_pretrained`] does; the text tower stays frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_text()
+        return loaded
 
     @classmethod
     def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> "DeepLabV3PlusForSegmentation":

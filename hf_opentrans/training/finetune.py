@@ -138,7 +138,9 @@ def finetune(
     model = DeepLabV3PlusForSegmentation.from_clip(clip, decoder_channels=config.decoder_channels)
     side = config.resolution or int(model.vision_model.config.image_size)  # pyright: ignore[reportArgumentType]
     datasets = [
-        SegmentationDataset(folder, processor.image_processor, resolution=side, is_training=is_training)
+        SegmentationDataset(
+            folder, processor.image_processor, resolution=side, is_training=is_training, seed=config.seed
+        )
         for folder, is_training in ((train, True), (evaluate, False))
     ]
     text = class_embeddings(model, train.class_names, processor.tokenizer)

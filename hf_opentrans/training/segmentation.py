@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_opentrans.data.folder import IGNORE_INDEX, SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU
@@ -22,8 +22,8 @@ SCALES = (1.0, 1.5)
 class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
     """Square crops of images with their masks, as `pixel_values` and `labels`.
 
-    For training: random scale, random crop, random flip, drawn from torch's global generator, which Trainer saves and
-    restores, so that a resumed run sees the same crops. For evaluation: the whole image, squeezed to the square.
+    For training: random scale, random crop, random flip, drawn anew in every epoch (`set_epoch`) by a generator of the
+    image's own, so that a resumed run sees the same crops. For evaluation: the whole image, squeezed to the square.
 
     Args:
         folder: Images and masks.
@@ -33,6 +33,7 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         classes: Positions of the classes that count, in the order of the labels; pixels of others are ignored.
             Defaults to all.
         ignore_index: Label of pixels that do not count.
+        seed: Of the crops.
 
     Raises:
         ValueError: If a class is outside the folder's, or the folder is empty.
@@ -47,7 +48,9 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         is_training: bool = True,
         classes: Sequence[int] | None = None,
         ignore_index: int = 255,
+        seed: int = 0,
     ) -> None:
+        self.seed, self.epoch = seed, 0
         count = len(folder.class_names)
         chosen = list(range(count)) if classes is None else list(classes)
         outside = [index for index in chosen if not 0 <= index < count]
@@ -67,6 +70,10 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         self._labels = torch.full((count + 1,), ignore_index, dtype=torch.long)
         self._labels[chosen] = torch.arange(len(chosen))
 
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops than in the epochs before."""
+        self.epoch = epoch
+
     def __len__(self) -> int:
         return len(self.folder)
 
@@ -77,26 +84,42 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         labels = self._labels[mask]
         side = self.resolution
         if self.is_training:
-            return self._random_crop(image, labels)
+            drawn = np.random.default_rng((self.seed, self.epoch, index))
+            return self._random_crop(image, labels, drawn)
         pixels = self._pixels(image.resize((side, side), Image.Resampling.BICUBIC))
         return {"pixel_values": pixels, "labels": _resize(labels, side, side)}
 
-    def _random_crop(self, image: Image.Image, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _random_crop(
+        self, image: Image.Image, labels: torch.Tensor, drawn: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
         side, (low, high) = self.resolution, SCALES
-        scale = (low + (high - low) * float(torch.rand(()))) * side / min(image.size)
+        scale = drawn.uniform(low, high) * side / min(image.size)
         width, height = (max(side, round(length * scale)) for length in image.size)
-        left, top = (int(torch.randint(length - side + 1, ())) for length in (width, height))
+        left, top = (int(drawn.integers(length - side + 1)) for length in (width, height))
         box = (left, top, left + side, top + side)
         cut = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
         labels = _resize(labels, height, width)[top : top + side, left : left + side]
         pixels = self._pixels(cut)
-        if bool(torch.rand(()) < 0.5):
+        if drawn.random() < 0.5:
             pixels, labels = pixels.flip(-1), labels.flip(-1)
         return {"pixel_values": pixels, "labels": labels}
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
         prepared = self.image_processor(image, do_resize=False, do_center_crop=False, return_tensors="pt")
         return prepared["pixel_values"][0]
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells a data set which epoch begins, through wrappers such as `Subset`."""
+
+    def __init__(self, dataset: Any) -> None:
+        while not hasattr(dataset, "set_epoch") and hasattr(dataset, "dataset"):
+            dataset = dataset.dataset
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class SegmentationTrainer(Trainer):
@@ -130,6 +153,7 @@ class SegmentationTrainer(Trainer):
         super().__init__(model, replace(args, **settings), compute_metrics=self._score, **kwargs)
         # The loss is a mean over the pixels of a batch; Trainer then averages over accumulated batches.
         self.model_accepts_loss_kwargs = False
+        self.add_callback(_SetEpoch(self.train_dataset))
 
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on as it comes
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
