@@ -26,6 +26,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def process_count() -> int:
+    """Return how many processes work together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def is_main_process() -> bool:
     """Tell whether this process writes files and prints."""
     return not is_distributed() or dist.get_rank() == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_opentrans._optional import require
+from hf_opentrans.benchmark_selection_tables import SelectionRow
 from hf_opentrans.benchmark_tables import Summary, summarise
 from hf_opentrans.benchmarks import MethodRow
 
@@ -154,3 +155,47 @@ def _look(label: str, index: int) -> tuple[str, dict[str, Any]]:
         return _OURS, {"marker": "o", "linewidth": 2.8, "markersize": 7, "zorder": 4}
     turn = index % len(_COLOURS)
     return _COLOURS[turn], {"marker": _MARKERS[turn], "linewidth": 1.5, "markersize": 5.5, "zorder": 3}
+
+
+def draw_selection(rows: Sequence[SelectionRow], path: str | Path, *, title: str = "") -> None:
+    """Draw mIoU on seen and on unseen classes over the cost of a training step: every seed, and the mean of each rule.
+
+    Args:
+        rows: Of the study; runs without training become a line across.
+        path: A .png file; its folder exists.
+        title: Above the panels.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    require("demo", "matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 4.9), layout="constrained")
+    axes = figure.subplots(1, 2)
+    rules = list(dict.fromkeys(row.rule for row in rows))
+    for axis, (name, panel) in zip(
+        axes, {"seen": "classes that the head saw", "unseen": "others"}.items(), strict=True
+    ):
+        for index, rule in enumerate(rules):
+            own = [row for row in rows if row.rule == rule]
+            scores = [100 * getattr(row, name) for row in own]
+            mean = sum(scores) / len(scores)
+            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            if not own[0].full_macs_per_sample:
+                axis.axhline(mean, color="#888888", linewidth=1, linestyle="--", label=rule)
+                continue
+            costs = [100 * row.macs_per_sample / row.full_macs_per_sample for row in own]
+            axis.plot(costs, scores, linewidth=0, marker=marker, markersize=4, color=colour, alpha=0.35)
+            place = sum(costs) / len(costs)
+            axis.plot([place], [mean], linewidth=0, marker=marker, markersize=10, color=colour, label=rule)
+        axis.set_title(panel, loc="left", fontsize=11)
+        axis.set_xlabel("multiply-accumulates of a training step, % of full fine-tuning")
+        axis.set_ylabel("mIoU, %")
+        axis.grid(visible=True, color="#e6e6e6", linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.savefig(path, dpi=140, facecolor="white")

@@ -1,15 +1,13 @@
 """Many pruning runs: which, how long they take, and a file from which an interrupted benchmark goes on."""
 
-import hashlib
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_opentrans._files import write_json
-from hf_opentrans.benchmarks import BenchmarkData, Harness, MethodRow, RunKey, environment
+from hf_opentrans.benchmark_rows import RowFile, duration
+from hf_opentrans.benchmarks import BenchmarkData, Harness, MethodRow, RunKey
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.pruning.plan import STRUCTURES, WITHOUT_IMAGES, PruningConfig
@@ -111,69 +109,19 @@ class SkippedRun:
         return self.method, self.variant, self.keep, self.seed
 
 
-class ResultFile:
-    """The rows of a benchmark and the JSON file that holds them after every row.
+class ResultFile(RowFile[MethodRow]):
+    """The rows of `benchmark pruning`, and the runs that gave no model; see `RowFile`."""
 
-    Args:
-        path: The file; None keeps the rows in memory alone.
-        settings: What all rows depend on, JSON-ready. A file with other settings, or measured with other versions or
-            on another machine, is not continued.
-        command: What the user typed.
-
-    Raises:
-        ValueError: If the file is there and holds something else.
-    """
+    row_type, written_by = MethodRow, "benchmark pruning"
 
     def __init__(self, path: Path | None, settings: dict[str, Any], command: str) -> None:
-        self.path, self.command = path, command
-        self.settings = json.loads(json.dumps(settings))
-        self.environment = environment()
-        self.rows: list[MethodRow] = []
         self.skipped: list[SkippedRun] = []
-        # A device such as /dev/stdout takes one object, at the end.
-        self.is_device = path is not None and path.exists() and not path.is_file()
-        if path is not None and path.exists() and not self.is_device:
-            self._load(path)
-
-    def _load(self, path: Path) -> None:
-        fix = "Name another file with --json, or delete this one to measure everything again."
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            before, stack = values["settings"], values["environment"]
-            self.rows = [MethodRow(**row) for row in values["rows"]]
-            self.skipped = [SkippedRun(**run) for run in values["skipped"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"The file {str(path)!r} is no result of `benchmark pruning` that can be continued ({error!r}). A "
-                f"benchmark only adds to its own results. {fix}"
-            ) from error
-        pairs = [(before, self.settings), (stack, self.environment)]
-        changed = [
-            f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-            for old, new in pairs
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"The file {str(path)!r} was measured with other settings: {'; '.join(changed)}. All rows of a file "
-                f"must be comparable. {fix}"
-            )
+        super().__init__(path, settings, command)
 
     @property
     def dense(self) -> MethodRow | None:
         """The dense model's row; None where it is not measured yet."""
         return next((row for row in self.rows if row.method == "dense"), None)
-
-    def add(self, row: MethodRow) -> None:
-        """Append a finished row and write the file."""
-        self.rows.append(row)
-        self.save()
-
-    def put(self, position: int, row: MethodRow) -> None:
-        """Put another row in the place of one, and write the file."""
-        self.rows[position] = row
-        self.save()
 
     def forget_times(self) -> None:
         """Leave out all latencies, so that the next benchmark measures them again."""
@@ -185,33 +133,13 @@ class ResultFile:
         self.skipped.append(SkippedRun(*run.key, reason=reason))
         self.save()
 
-    def save(self, *, at_end: bool = False) -> None:
-        """Replace the file as a whole.
+    def read_more(self, values: dict[str, Any]) -> None:
+        """Take the runs that gave no model from the file's object."""
+        self.skipped = [SkippedRun(**run) for run in values["skipped"]]
 
-        Args:
-            at_end: Whether no more rows will come; a device such as /dev/stdout is only written then.
-        """
-        if self.path is not None and self.is_device == at_end:
-            write_json(
-                self.path,
-                {
-                    "command": self.command,
-                    "settings": self.settings,
-                    "rows": [row.to_dict() for row in self.rows],
-                    "skipped": [asdict(run) for run in self.skipped],
-                    "environment": self.environment,
-                },
-            )
-
-
-def fingerprint(path: Path) -> str:
-    """Return a short hash of the names and sizes of all files below a folder, or of one file's size.
-
-    It notices other images under an old name, whatever folder the command was started in.
-    """
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
-    listed = "\n".join(f"{entry.relative_to(path).as_posix()} {entry.stat().st_size}" for entry in files)
-    return hashlib.sha256(listed.encode()).hexdigest()[:12]
+    def more(self) -> dict[str, Any]:
+        """Return the runs that gave no model for the file's object."""
+        return {"skipped": [asdict(run) for run in self.skipped]}
 
 
 def run_benchmark(
@@ -302,13 +230,6 @@ def forecast(left: Sequence[PruningRun], rows: Sequence[MethodRow]) -> str:
     usual = statistics.fmean(time for found in times.values() for time in found)
     pruning = [statistics.fmean(times.get((run.config.method, run.variant), [usual])) for run in left]
     return f"About {duration(sum(pruning) + len(left) * measuring)} left for {_count(len(left))}."
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: seconds below two minutes, minutes below two hours, then hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _count(runs: int) -> str:

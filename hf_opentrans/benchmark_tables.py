@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_opentrans.benchmark_selection_tables import SelectionRow, StepTiming, selection_notes, selection_table
 from hf_opentrans.benchmarks import LatencyRow, MethodRow
 
 Table = tuple[list[str], list[list[str]]]
@@ -153,7 +154,11 @@ def result_table(values: dict[str, Any]) -> str:
     threads = machine.get("threads")
     stack = f"{threads} thread{'' if threads == 1 else 's'}, {machine.get('processor')}, torch {versions.get('torch')}"
     notes: list[str] = []
-    if "method" in rows[0]:
+    if "rule" in rows[0]:
+        runs = [SelectionRow(**row) for row in rows]
+        timings = [StepTiming(**timing) for timing in values["timings"]]
+        table, notes = selection_table(runs, timings), selection_notes(runs, values["settings"])
+    elif "method" in rows[0]:
         methods = [MethodRow(**row) for row in rows]
         table, notes = method_table(methods), method_notes(methods, values.get("skipped", ()))
     elif "speed_up" in rows[0]:

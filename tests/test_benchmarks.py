@@ -21,13 +21,12 @@ from hf_opentrans.benchmark_plots import draw_pruning
 from hf_opentrans.benchmark_pruning import (
     ABLATION,
     ResultFile,
-    duration,
-    fingerprint,
     forecast,
     plan_ablation,
     plan_methods,
     run_benchmark,
 )
+from hf_opentrans.benchmark_rows import duration, fingerprint
 from hf_opentrans.benchmark_tables import (
     QUALITY,
     markdown_table,

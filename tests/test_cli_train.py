@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection, SparseCLIPModel
+from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection, PruningReport, SparseCLIPModel
 from hf_opentrans.cli import app
 from hf_opentrans.loading import load_clip
 from hf_opentrans.training import SegmentationTrainer
 
 USAGE, FAILURE = 2, 1
+KINDS = ("heads", "neurons")
 
 
 def run(*arguments, command="finetune"):
@@ -108,10 +109,69 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, base, monkeypatch):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_low_rank_updates_are_merged(tmp_path, base, tiny_clip_folder):
+    output, figures = tmp_path / "out", tmp_path / "figures.json"
+    code, _, error = run(*base, "--select", "lora", "--output", output, "--json", figures)
+    assert code == 0, error
+    tower = SparseCLIPModel.from_pretrained(tiny_clip_folder).state_dict()
+    trained = weights(output)  # loads as any other: nothing of PEFT is left
+    changed = {name for name, value in tower.items() if not torch.equal(value, trained[name])}
+    linear = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    expected = {name for name in tower if name.startswith("vision_model.") and name.split(".")[-2] in linear}
+    assert changed == {name for name in expected if name.endswith("weight")}
+    for name in changed:  # rank 8 of at most 32
+        assert torch.linalg.matrix_rank(trained[name] - tower[name], rtol=1e-4) <= 8
+    values = json.loads(figures.read_text())
+    assert (
+        values["training_cost"]["selected"]["trainable_params"] < values["training_cost"]["full"]["trainable_params"]
+    )
+    assert values["trained_layers"] == "lora"
+
+
+def test_the_layers_that_pruning_hurt_train_first(tmp_path, base, tiny_clip_folder, images):
+    options = ["--images", images, "--keep", 0.8, "--output", tmp_path / "pruned"]
+    assert run(tiny_clip_folder, *options, command="prune")[0] == 0
+    report = PruningReport.load(tmp_path / "pruned")
+    output = tmp_path / "out"
+    given = ["--select", "damage", "--fraction", 0.25, "--output", output]
+    code, _, error = run(tmp_path / "pruned", *base[1:], *given)
+    assert code == 0, error
+    selection = LayerSelection.load(output / "selection.json")
+    assert selection.rule == "damage"
+    errors = {(i, k): getattr(layer, f"{k}_error") or 0 for i, layer in enumerate(report.layers) for k in KINDS}
+    worst = max(errors, key=errors.__getitem__)
+    part = {"heads": "self_attn", "neurons": "mlp"}[worst[1]]
+    assert any(name.startswith(f"vision_model.encoder.layers.{worst[0]}.{part}") for name in selection.names)
+    code, _, error = run(*base, *given[:-1], tmp_path / "other")
+    assert (code, "There is no pruning_report.json" in error) == (USAGE, True), error
+
+
+def test_accumulated_steps_see_all_their_images(tmp_path, base):
+    config = base[-1]
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "gradient_accumulation": 2, "activation_checkpointing": True}))
+    figures = tmp_path / "figures.json"
+    code, _, error = run(*base, "--output", tmp_path / "out", "--json", figures)
+    assert code == 0, error
+    assert json.loads(figures.read_text())["samples"] == 4 * 2 * 2
+
+
+def test_mixed_precision_trains(tmp_path, base):
+    config = base[-1]
+    config.write_text(json.dumps({**json.loads(config.read_text()), "precision": "bf16"}))
+    assert run(*base, "--output", tmp_path / "out")[0] == 0
+    assert all(
+        value.dtype == torch.float32 for value in weights(tmp_path / "out").values() if value.is_floating_point()
+    )
+    config.write_text(json.dumps({**json.loads(config.read_text()), "precision": "half"}))
+    code, _, error = run(*base, "--output", tmp_path / "other")
+    assert (code, "precision is 'half'. It must be one of float32, bf16, fp16" in error) == (USAGE, True), error
+
+
 @pytest.mark.parametrize(
     ("options", "message", "exit_code"),
     [
-        (["--select", "best"], "select is 'best'. It must be one of full, head, alpha", USAGE),
+        (["--select", "best"], "select is 'best'. It must be one of full, head, lora, alpha", USAGE),
         (["--fraction", 0], "fraction is 0.0. It must lie in (0, 1]", USAGE),
         (["--steps", 0], "steps is 0. It must be positive", USAGE),
         (["--framework", "fcclip"], "framework is 'fcclip'. It must be one of deeplabv3plus", USAGE),
@@ -138,7 +198,7 @@ def test_unknown_fields_of_the_config_are_named(tmp_path, base):
     config = base[-1]
     config.write_text('{"stpes": 3}')
     code, _, error = run(*base, "--output", tmp_path / "out")
-    assert (code, "holds stpes. Fields are batch_size," in error) == (USAGE, True), error
+    assert (code, "holds stpes. Fields are activation_checkpointing, batch_size," in error) == (USAGE, True), error
 
 
 @pytest.fixture

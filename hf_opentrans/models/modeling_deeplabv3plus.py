@@ -170,7 +170,9 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
         if isinstance(module, DecoderConvolution):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
-                init.zeros_(module.bias)
+                # Not zero: where all channels below are silent, the embedding is the bias alone, and the gradient of
+                # its direction would be endless.
+                init.uniform_(module.bias, -(module.in_channels**-0.5), module.in_channels**-0.5)
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

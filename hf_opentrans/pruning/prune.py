@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_opentrans._checks import check_finite
-from hf_opentrans._distributed import is_main_process, wait_for_all
+from hf_opentrans._distributed import is_main_process, process_count, wait_for_all
 from hf_opentrans._files import write_folder
 
 from .allocation import Budget
@@ -231,7 +231,7 @@ class _Run:
 
     def __init__(self, tower: Tower, config: PruningConfig, images: int, progress: bool) -> None:
         count = min(config.num_images, images)
-        batches = -(-count // config.batch_size) + 1
+        batches = -(-count // (config.batch_size * process_count())) + 1  # of this process
         layers, recipe = len(tower.layers), recipe_of(config)
         steps = layers * batches + batches if config.method in ("obs", "vbp", "flap", "corp", "corp-refit") else 0
         steps += config.search_steps if config.search != "none" else 0

@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import torch
 
+from hf_opentrans._distributed import process_count
+
 from .allocation import Budget, allocate
 from .baselines import (
     SCORES_WEIGHTS,
@@ -173,9 +175,10 @@ def probe(
     tower: Tower, calibration: Calibration, config: PruningConfig, on_batch: Callable[[], object] = int
 ) -> dict[Key, torch.Tensor]:
     """Measure the output metrics of all sublayers on some of the calibration images."""
-    # Gradients keep the activations of all layers: small batches bound the memory.
+    # Gradients keep the activations of all layers: small batches bound the memory. Every process needs one.
     images = torch.cat(calibration.fit[: -(-config.probe_images // config.batch_size)])[: config.probe_images]
-    batches = images.split(min(config.batch_size, PROBE_BATCH, max(1, PROBE_BYTES // _probe_bytes(tower, images))))
+    fitting, share = PROBE_BYTES // _probe_bytes(tower, images), len(images) // process_count()
+    batches = images.split(max(1, min(config.batch_size, PROBE_BATCH, fitting, share)))
     # On CPUs the backward pass of fused attention takes two to three times as long as that of the plain one.
     usual = cast("str", tower.vision.config._attn_implementation)
     tower.vision.set_attn_implementation("eager" if tower.vision.device.type == "cpu" else "sdpa")

@@ -82,6 +82,11 @@ def matches(name: str, wanted: str | Collection[str]) -> bool:
     return any(name == item or name.endswith(f".{item}") for item in wanted)
 
 
+def exactly(names: Iterable[str]) -> str:
+    """Return a regular expression for these names and no others: PEFT takes the names of a list as endings."""
+    return "|".join(map(re.escape, names))
+
+
 def is_elongated(module: nn.Module, most: float = MOST_ELONGATED) -> bool:
     """Tell whether a linear layer is too long for its width to have a spectrum worth fitting."""
     if isinstance(module, CONVOLUTIONS):

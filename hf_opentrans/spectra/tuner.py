@@ -1,6 +1,5 @@
 """Spectral fine-tuning in PEFT's manner: train and store the chosen layers alone, load them with plain PEFT."""
 
-import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from hf_opentrans._optional import require
 
 from .analysis import SpectralReport
 from .gradients import Loss
-from .layers import find_layers, matches
+from .layers import exactly, find_layers, matches
 from .selection import LayerSelection, select_layers
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ class SpectralConfig:
                 "Select before the first adapter is added, and pass `selection`."
             )
         names = list(find_layers(model, self.target_modules, self.exclude_modules))
-        exact = _exactly(names)
+        exact = exactly(names)
         return select_layers(
             model if report is None else report,
             self.rule,
@@ -125,7 +124,7 @@ class SpectralConfig:
         chosen.check(model)
         names, saved = list(chosen.names), list(self.modules_to_save or ())
         if self.mode == "lora":
-            return LoraConfig(target_modules=_exactly(names), modules_to_save=saved or None, **self.lora)
+            return LoraConfig(target_modules=exactly(names), modules_to_save=saved or None, **self.lora)
         more = {name: module for name, module in model.named_modules() if saved and matches(name, saved)}
         # Single modules are wrapped like the layers: `merge_and_unload` then leaves nothing of PEFT behind.
         nested = [
@@ -133,7 +132,7 @@ class SpectralConfig:
         ]
         names += [name for name in more if name not in names and name not in nested]
         kept = [wanted for wanted in saved if any(matches(name, [wanted]) for name in nested)]
-        return LNTuningConfig(target_modules=_exactly(names), modules_to_save=kept or None)
+        return LNTuningConfig(target_modules=exactly(names), modules_to_save=kept or None)
 
 
 def get_peft_model(
@@ -164,8 +163,3 @@ def get_peft_model(
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
         found: Any = peft.get_peft_model(model, stock, adapter_name)  # pyright: ignore[reportArgumentType]
     return found
-
-
-def _exactly(names: Iterable[str]) -> str:
-    """Return a regular expression for these names and no others: PEFT takes the names of a list as endings."""
-    return "|".join(map(re.escape, names))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 from transformers.utils.generic import ModelOutput
 
 from hf_opentrans.models.image_loading import ImageInput, center_crop
@@ -17,6 +17,8 @@ from hf_opentrans.models.modeling_sparse_clip import (
     SparseCLIPModel,
     SparseCLIPVisionModelWithProjection,
 )
+
+from .trainer import EvaluateFirstTrainer
 
 CACHE_BYTES = 2 * 10**9
 
@@ -117,7 +119,7 @@ class DistillationWeights:
     taps: float = 1.0
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(EvaluateFirstTrainer):
     """transformers' Trainer that aims at a dense teacher's tokens; no labels, no text.
 
     Evaluation returns the mean cosines of class token and patch tokens. What the teacher says of an image is kept in

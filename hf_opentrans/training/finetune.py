@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback
 
 from hf_opentrans._files import check_output_folder
+from hf_opentrans._optional import require
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.vocabulary import Vocabulary
 from hf_opentrans.spectra.cost import TrainingCost, training_cost
-from hf_opentrans.spectra.layers import how_many
+from hf_opentrans.spectra.layers import exactly, find_layers, how_many
 from hf_opentrans.spectra.selection import (
     GRANULARITIES,
     RULES,
@@ -31,7 +32,7 @@ from .runs import REPORT_FILE, SELECTION_FILE, Schedule, checkpoints_of, find_ch
 from .segmentation import SegmentationDataset, SegmentationTrainer
 
 FRAMEWORKS = ("deeplabv3plus",)
-EVERYTHING, HEAD = "full", "head"
+EVERYTHING, HEAD, LORA = "full", "head", "lora"
 TOWER = r"vision_model\..*"
 
 
@@ -42,11 +43,13 @@ class FinetuneConfig(Schedule):
     Args:
         framework: What is put on the CLIP: "deeplabv3plus".
         select: Which layers of the vision tower train beside the head: a rule of `select_layers`, "full" for all of
-            the tower, or "head" for none.
+            the tower, "head" for none, or "lora" for low-rank updates of all its linear layers (PEFT), which are
+            merged at the end.
         fraction: Share of the layers that a rule trains, in (0, 1].
         granularity: "module" or "block".
         gradient_batches: Batches that the rules "gradient" and "gain_per_cost" look at.
-        tower_rate: Learning rate of the tower / that of the head.
+        tower_rate: Learning rate of the tower / that of the head. Defaults to 0.1, and to 1 for "lora".
+        lora_rank: Rank of the updates of "lora".
         resolution: Side of the crops in pixels; the CLIP's own where it is None.
         decoder_channels: Width of the decoder.
 
@@ -61,22 +64,22 @@ class FinetuneConfig(Schedule):
     fraction: float = 0.5
     granularity: str = "module"
     gradient_batches: int = 8
-    tower_rate: float = 0.1
+    tower_rate: float | None = None
+    lora_rank: int = 8
     resolution: int | None = None
     decoder_channels: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rules = [rule for rule in RULES if rule != "damage"]
-        choices = {"framework": FRAMEWORKS, "select": (EVERYTHING, HEAD, *rules), "granularity": GRANULARITIES}
+        choices = {"framework": FRAMEWORKS, "select": (EVERYTHING, HEAD, LORA, *RULES), "granularity": GRANULARITIES}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}. It must be one of {', '.join(known)}. Correct it."
                 )
         how_many(self.fraction, 1)
-        for name in ("tower_rate", "decoder_channels", "gradient_batches"):
-            if getattr(self, name) <= 0:
+        for name in ("tower_rate", "lora_rank", "decoder_channels", "gradient_batches"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
 
 
@@ -86,7 +89,7 @@ class FinetuneResult:
 
     Args:
         model: The trained segmenter.
-        selection: Which layers trained; None for "full" and "head".
+        selection: Which layers trained; None where no rule chose.
         report: Configuration, scores before and after, training cost beside that of full fine-tuning, seconds.
     """
 
@@ -98,12 +101,12 @@ class FinetuneResult:
 def finetune(
     clip: SparseCLIPModel,
     processor: Any,
-    train: SegmentationFolder,
-    evaluate: SegmentationFolder,
+    folders: tuple[SegmentationFolder, SegmentationFolder],
     config: FinetuneConfig,
     output: str | Path,
     *,
     resume: bool = False,
+    pruning_report: Any = None,
     on_stage: Callable[[str], object] = lambda line: None,
     progress: bool = False,
 ) -> FinetuneResult:
@@ -114,11 +117,11 @@ def finetune(
     Args:
         clip: The CLIP, dense or pruned; not changed.
         processor: Its processor.
-        train: Images and masks to train on.
-        evaluate: Images and masks to score on; of the same classes.
+        folders: Images and masks to train on, and others of the same classes to score on.
         config: How.
         output: New, empty, or an earlier output.
         resume: Whether to go on from a checkpoint of the same configuration.
+        pruning_report: For rule "damage": the `PruningReport` of the CLIP.
         on_stage: Called with a line on what comes next.
         progress: Whether Trainer shows its bar.
 
@@ -128,27 +131,24 @@ def finetune(
     """
     target = check_output_folder(output, marker=REPORT_FILE)
     checkpoints = checkpoints_of(target)
+    train, evaluate = folders
     if train.class_names != evaluate.class_names:
         raise ValueError(
             f"Training has {len(train.class_names)} classes and evaluation {len(evaluate.class_names)}, or in another "
             "order. Both must be the same. Give two splits of one data set."
         )
     last = find_checkpoint(checkpoints, config, resume)
-    torch.manual_seed(config.seed)
-    model = DeepLabV3PlusForSegmentation.from_clip(clip, decoder_channels=config.decoder_channels)
-    side = config.resolution or int(model.vision_model.config.image_size)  # pyright: ignore[reportArgumentType]
-    datasets = [
-        SegmentationDataset(
-            folder, processor.image_processor, resolution=side, is_training=is_training, seed=config.seed
-        )
-        for folder, is_training in ((train, True), (evaluate, False))
-    ]
-    text = class_embeddings(model, train.class_names, processor.tokenizer)
-    batches = _batches(datasets[0], config, text)
-    on_stage(f"Selecting layers by {config.select!r}")
-    selection = _select(model, config, batches)
-    costs = {"selected": training_cost(model, batches[0]), "full": _cost_of_everything(model, batches[0])}
-    trainer = _trainer(model, config, checkpoints, text, datasets, progress)
+    ready = prepare(
+        clip,
+        processor,
+        folders,
+        config,
+        checkpoints,
+        pruning_report=pruning_report,
+        on_stage=on_stage,
+        progress=progress,
+    )
+    model, trainer = ready.model, ready.trainer
     on_stage(f"Training {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters")
     before = trainer.evaluate()
     start = time.perf_counter()
@@ -159,19 +159,88 @@ def finetune(
         "config": asdict(config),
         "before": _scores(before),
         "after": _scores(after),
-        "training_cost": {name: cost.to_dict() for name, cost in costs.items()},
-        "samples": config.steps * config.batch_size * trainer.args.world_size,
+        "training_cost": {name: cost.to_dict() for name, cost in ready.costs.items()},
+        "samples": config.samples * trainer.args.world_size,
         "seconds": seconds,
-        "trained_layers": list(selection.names) if selection else config.select,
+        "trained_layers": list(ready.selection.names) if ready.selection else config.select,
     }
 
     def save_more(folder: Path) -> None:
         processor.save_pretrained(folder)
-        if selection is not None:
-            selection.save(folder / SELECTION_FILE)
+        if ready.selection is not None:
+            ready.selection.save(folder / SELECTION_FILE)
 
+    ready.merge()
     save_run(target, model, report, save_more)
-    return FinetuneResult(model, selection, report)
+    return FinetuneResult(model, ready.selection, report)
+
+
+@dataclass(frozen=True)
+class ReadyToTrain:
+    """A segmenter with everything that its training needs.
+
+    Args:
+        model: What must not train is frozen.
+        trainer: Of the model.
+        selection: Which layers train; None where no rule chose.
+        costs: Of a training step: "selected" as the model stands, and "full" for the whole tower and the head.
+        merge: Puts low-rank updates into the layers that they belong to; to be called after training.
+    """
+
+    model: DeepLabV3PlusForSegmentation
+    trainer: SegmentationTrainer
+    selection: LayerSelection | None
+    costs: dict[str, TrainingCost]
+    merge: Callable[[], object]
+
+
+def prepare(
+    clip: SparseCLIPModel,
+    processor: Any,
+    folders: tuple[SegmentationFolder, SegmentationFolder],
+    config: FinetuneConfig,
+    checkpoints: Path,
+    *,
+    classes: Sequence[int] | None = None,
+    pruning_report: Any = None,
+    on_stage: Callable[[str], object] = lambda line: None,
+    progress: bool = False,
+) -> ReadyToTrain:
+    """Put a new head on a CLIP, select and freeze layers, and build the Trainer.
+
+    Args:
+        clip: The CLIP, dense or pruned; not changed.
+        processor: Its processor.
+        folders: Images and masks to train on, and others of the same classes to score on.
+        config: How.
+        checkpoints: Folder for Trainer's checkpoints.
+        classes: Positions of the classes to train and to score on; pixels of others do not count. Defaults to all.
+        pruning_report: For rule "damage": the `PruningReport` of the CLIP.
+        on_stage: Called with a line on what comes next.
+        progress: Whether Trainer shows its bar.
+    """
+    torch.manual_seed(config.seed)
+    model = DeepLabV3PlusForSegmentation.from_clip(clip, decoder_channels=config.decoder_channels)
+    side = config.resolution or int(model.vision_model.config.image_size)  # pyright: ignore[reportArgumentType]
+    datasets = [
+        SegmentationDataset(
+            folder,
+            processor.image_processor,
+            resolution=side,
+            is_training=is_training,
+            classes=classes,
+            seed=config.seed,
+        )
+        for folder, is_training in zip(folders, (True, False), strict=True)
+    ]
+    text = class_embeddings(model, datasets[0].class_names, processor.tokenizer)
+    batches = _batches(datasets[0], config, text)
+    costs = {"full": training_cost(model, batches[0])}  # the text tower never trains
+    on_stage(f"Selecting layers by {config.select!r}")
+    selection, merge = _select(model, config, batches, pruning_report)
+    costs["selected"] = training_cost(model, batches[0])
+    trainer = _trainer(model, config, checkpoints, text, datasets, progress)
+    return ReadyToTrain(model, trainer, selection, costs, merge)
 
 
 def class_embeddings(
@@ -198,13 +267,19 @@ def _batches(dataset: Dataset[Any], config: FinetuneConfig, text: torch.Tensor) 
 
 
 def _select(
-    model: DeepLabV3PlusForSegmentation, config: FinetuneConfig, batches: list[dict[str, torch.Tensor]]
-) -> LayerSelection | None:
+    model: DeepLabV3PlusForSegmentation,
+    config: FinetuneConfig,
+    batches: list[dict[str, torch.Tensor]],
+    pruning_report: Any,
+) -> tuple[LayerSelection | None, Callable[[], object]]:
+    """Freeze what shall not train; return the selection, and what to call after training."""
     if config.select == EVERYTHING:
-        return None
+        return None, int
     if config.select == HEAD:
         model.vision_model.requires_grad_(False)
-        return None
+        return None, int
+    if config.select == LORA:
+        return None, _add_lora(model, config)
     selection = select_layers(
         model,
         config.select,
@@ -213,20 +288,22 @@ def _select(
         target_modules=TOWER,
         seed=config.seed,
         batches=batches if config.select in WITH_BATCHES else None,
+        pruning_report=pruning_report,
     )
     freeze_unselected(model, selection, ["head"])
-    return selection
+    return selection, int
 
 
-def _cost_of_everything(model: DeepLabV3PlusForSegmentation, batch: dict[str, torch.Tensor]) -> TrainingCost:
-    """Return the cost of full fine-tuning: head and tower; the text tower never trains."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.vision_model.parameters()]
-    model.vision_model.requires_grad_(True)
-    try:
-        return training_cost(model, batch)
-    finally:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+def _add_lora(model: DeepLabV3PlusForSegmentation, config: FinetuneConfig) -> Callable[[], object]:
+    """Put PEFT's low-rank updates on all linear layers of the tower, in place; return what merges them."""
+    require("train", "peft")
+    from peft import LoraConfig, LoraModel
+
+    names = [name for name, layer in find_layers(model, TOWER).items() if "conv" not in layer.type]
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=exactly(names))
+    tuner: Any = LoraModel(model, lora, "default")
+    model.head.requires_grad_(True)
+    return tuner.merge_and_unload
 
 
 def _trainer(
@@ -242,7 +319,8 @@ def _trainer(
     head = [p for p in model.head.parameters() if p.requires_grad]
     groups = [{"params": head, "lr": config.learning_rate}]
     if tower:
-        groups.append({"params": tower, "lr": config.learning_rate * config.tower_rate})
+        rate = config.tower_rate or (1.0 if config.select == LORA else 0.1)
+        groups.append({"params": tower, "lr": config.learning_rate * rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     train, evaluate = datasets
     trainer = SegmentationTrainer(

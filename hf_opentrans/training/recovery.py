@@ -117,7 +117,7 @@ def distill(
         "before": _cosines(before),
         "after": _cosines(after),
         "images": {"train": len(train), "held_out": len(evaluate)},
-        "samples": config.steps * config.batch_size * trainer.args.world_size,
+        "samples": config.samples * trainer.args.world_size,
         "seconds": seconds,
     }
     save_run(target, student, report, processor.save_pretrained)

@@ -16,6 +16,7 @@ from hf_opentrans._distributed import is_main_process, wait_for_all
 from hf_opentrans._files import write_folder, write_json
 
 REPORT_FILE, SELECTION_FILE = "training_report.json", "selection.json"
+PRECISIONS = ("float32", "bf16", "fp16")
 _RECORD = "config.json"
 
 
@@ -30,6 +31,10 @@ class Schedule:
         weight_decay: Of AdamW.
         warmup: Share of the steps in which the rate rises; it then falls to zero linearly.
         save_every: Steps between checkpoints.
+        gradient_accumulation: Batches per step.
+        activation_checkpointing: Whether to compute activations again in the backward pass: less memory, a third more
+            time.
+        precision: "float32", or "bf16" or "fp16" for mixed precision.
         seed: Of everything that is drawn.
 
     Raises:
@@ -42,15 +47,28 @@ class Schedule:
     weight_decay: float = 0.01
     warmup: float = 0.1
     save_every: int = 100
+    gradient_accumulation: int = 1
+    activation_checkpointing: bool = False
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "save_every"):
+        for name in ("steps", "batch_size", "learning_rate", "save_every", "gradient_accumulation"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
         for name in ("weight_decay", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must lie in [0, 1]. Correct it.")
+
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision is {self.precision!r}. It must be one of {', '.join(PRECISIONS)}. Correct it."
+            )
+
+    @property
+    def samples(self) -> int:
+        """Images that one process sees in the whole run."""
+        return self.steps * self.batch_size * self.gradient_accumulation
 
     def arguments(self, checkpoints: Path, *, progress: bool) -> TrainingArguments:
         """Return Trainer's arguments."""
@@ -63,12 +81,17 @@ class Schedule:
             weight_decay=self.weight_decay,
             warmup_steps=round(self.warmup * self.steps),
             lr_scheduler_type="linear",
+            gradient_accumulation_steps=self.gradient_accumulation,
+            activation_checkpointing=self.activation_checkpointing,
+            bf16=self.precision == "bf16",
+            fp16=self.precision == "fp16",
             save_strategy="steps",
             save_steps=self.save_every,
             save_total_limit=1,
             logging_steps=max(1, self.steps // 10),
             seed=self.seed,
             disable_tqdm=not progress,
+            use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told, for mixed precision
             report_to=[],
             dataloader_pin_memory=torch.cuda.is_available(),
         )

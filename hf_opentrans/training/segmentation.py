@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_opentrans.data.folder import IGNORE_INDEX, SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU
 from hf_opentrans.models.image_loading import load_rgb
+
+from .trainer import EvaluateFirstTrainer
 
 # Range of the random scale of training crops: the image's short side over the crop's.
 SCALES = (1.0, 1.5)
@@ -122,7 +124,7 @@ class _SetEpoch(TrainerCallback):
             self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
-class SegmentationTrainer(Trainer):
+class SegmentationTrainer(EvaluateFirstTrainer):
     """transformers' Trainer for open-vocabulary segmenters: text embeddings go in, mIoU comes out.
 
     Evaluation keeps a confusion matrix and nothing else: class ids are taken on the device, batch by batch. All else

@@ -210,6 +210,16 @@ def test_a_batch_of_ignored_pixels_has_no_loss(model):
     assert all(gradient is not None and bool((gradient == 0).all()) for gradient in gradients)
 
 
+def test_a_silent_decoder_has_a_bounded_gradient(clip):
+    """A zero vector has no direction: the gradient was 1e12 there, and clipping then lost the whole step."""
+    made = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL).train()
+    with torch.no_grad():
+        made.head.decoder[1][1].bias.fill_(-100.0)  # no channel of any position is above zero
+    outputs = made(torch.randn(2, 3, 32, 32), text_embeddings=unit(3, 16), labels=random_labels(2, 8, 8))
+    outputs.loss.backward()
+    assert 0 < float(made.head.project.bias.grad.norm()) < 100
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_labels_of_other_integer_types(model, dtype):
     pixels, text, labels = torch.randn(1, 3, 32, 32), unit(3, 16), random_labels(1, 16, 16)
