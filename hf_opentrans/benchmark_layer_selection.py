@@ -166,7 +166,7 @@ class _Step:
 
     def __init__(self, ready: ReadyToTrain, batch: dict[str, Any]) -> None:
         self.model, self.batch = ready.model.train(), batch
-        self.optimizer: Any = ready.trainer.optimizer
+        self.optimizer: Any = ready.trainer.create_optimizer()
         self.device = ready.trainer.args.device
 
     def __call__(self) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from hf_opentrans import DenseCLIPForSegmentation, OpenVocabularyProcessor, SparseCLIPModel, Subnetwork
 from hf_opentrans.cli import app
 from hf_opentrans.cli._common import repeat_options
+from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.pruning.plan import METHODS
 
 USAGE, FAILURE = 2, 1
@@ -250,6 +251,21 @@ def test_benchmark_latency_runs(tmp_path, tiny_clip_folder):
     assert code == 0, error
     rows = json.loads(target.read_text())["rows"]
     assert [row["speed_up"] for row in rows] == [1.0]
+
+
+def test_scenes_of_two_splits_share_their_classes(tmp_path):
+    pytest.importorskip("resvg_py")
+    folder = tmp_path / "scenes"
+    code, _, error = run("scenes", "--output", folder, "--count", 3, "--val", 2, "--names", 8, "--seed", 4)
+    assert code == 0, error
+    train, val = (SegmentationFolder(folder, split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (3, 2)
+    assert train.class_names == val.class_names
+    assert len(train.class_names) == 8
+    pixels = {path.read_bytes() for path in folder.glob("images/*/*.png")}
+    assert len(pixels) == 5  # no scene is in both
+    code, _, error = run("scenes", "--output", tmp_path / "other", "--single", "--val", 2)
+    assert (code, "--val is given with --single" in error) == (2, True), error
 
 
 @pytest.mark.parametrize("command", ["demo", "prune", "segment", "evaluate", "info", "scenes", "benchmark"])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hf_opentrans import PruningConfig, SparseCLIPModel, prune_model
 from hf_opentrans import _distributed as distributed
+from hf_opentrans.pruning import prune, selection
 from hf_opentrans.pruning.calibration import load_calibration, walk_layers
 from hf_opentrans.pruning.plan import PruningPlan
 from hf_opentrans.pruning.surgery import to_sparse
@@ -202,3 +203,25 @@ def test_batches_are_dealt_out(monkeypatch, rank, expected):
     assert distributed.own_share(range(7)) == expected
     with pytest.raises(ValueError, match=r"There are 2 batches of calibration images for 3 processes\. Every process"):
         distributed.own_share([1, 2])
+
+
+@pytest.mark.filterwarnings("ignore:40 calibration images give")
+def test_every_process_gets_a_batch_of_probes(tiny_clip, images, monkeypatch):
+    tower, config = Tower.of(to_sparse(tiny_clip)), PruningConfig(keep=0.7, batch_size=16, probe_images=24)
+    calibration = load_calibration(images, config, tower)
+    batches: list[int] = []
+    monkeypatch.setattr(selection, "output_metrics", lambda _, found, **__: batches.append(len(found)) or {})
+    for processes in (1, 2, 24):
+        monkeypatch.setattr(selection, "process_count", lambda processes=processes: processes)
+        selection.probe(tower, calibration, config)
+    assert batches == [3, 3, 24]
+
+
+def test_the_bar_counts_the_steps_of_its_own_process(tiny_clip, monkeypatch):
+    tower, config = Tower.of(to_sparse(tiny_clip)), PruningConfig(keep=0.7, batch_size=4, num_images=40, refit=False)
+    totals = []
+    for processes in (1, 2):
+        monkeypatch.setattr(prune, "process_count", lambda processes=processes: processes)
+        totals.append(prune._Run(tower, config, 40, progress=False).bar.total)
+    # Forty images are read by every process; eleven and six batches go through three layers.
+    assert totals[0] - totals[1] == 3 * (11 - 6) * (1 + 2) + (11 - 6)

@@ -18,7 +18,7 @@ from hf_opentrans.models.modeling_sparse_clip import (
     SparseCLIPVisionModelWithProjection,
 )
 
-from .trainer import EvaluateFirstTrainer
+from .trainer import BaseTrainer
 
 CACHE_BYTES = 2 * 10**9
 
@@ -119,7 +119,7 @@ class DistillationWeights:
     taps: float = 1.0
 
 
-class DistillationTrainer(EvaluateFirstTrainer):
+class DistillationTrainer(BaseTrainer):
     """transformers' Trainer that aims at a dense teacher's tokens; no labels, no text.
 
     Evaluation returns the mean cosines of class token and patch tokens. What the teacher says of an image is kept in

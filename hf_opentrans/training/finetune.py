@@ -315,16 +315,16 @@ def _trainer(
     progress: bool,
 ) -> SegmentationTrainer:
     args = config.arguments(checkpoints, progress=progress)
-    tower = [p for p in model.vision_model.parameters() if p.requires_grad]
-    head = [p for p in model.head.parameters() if p.requires_grad]
-    groups = [{"params": head, "lr": config.learning_rate}]
-    if tower:
-        rate = config.tower_rate or (1.0 if config.select == LORA else 0.1)
-        groups.append({"params": tower, "lr": config.learning_rate * rate})
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    rate = config.tower_rate or (1.0 if config.select == LORA else 0.1)
+
+    def groups(model: Any) -> list[dict[str, Any]]:
+        parts = ((model.head, config.learning_rate), (model.vision_model, config.learning_rate * rate))
+        found = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in parts]
+        return [group for group in found if group["params"]]
+
     train, evaluate = datasets
     trainer = SegmentationTrainer(
-        model, args, text_embeddings=text, train_dataset=train, eval_dataset=evaluate, optimizers=(optimizer, None)
+        model, args, text_embeddings=text, train_dataset=train, eval_dataset=evaluate, parameter_groups=groups
     )
     trainer.remove_callback(PrinterCallback)  # figures go into the report, not to standard output
     return trainer

@@ -15,7 +15,7 @@ from hf_opentrans.data.folder import IGNORE_INDEX, SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU
 from hf_opentrans.models.image_loading import load_rgb
 
-from .trainer import EvaluateFirstTrainer
+from .trainer import BaseTrainer
 
 # Range of the random scale of training crops: the image's short side over the crop's.
 SCALES = (1.0, 1.5)
@@ -124,7 +124,7 @@ class _SetEpoch(TrainerCallback):
             self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
-class SegmentationTrainer(EvaluateFirstTrainer):
+class SegmentationTrainer(BaseTrainer):
     """transformers' Trainer for open-vocabulary segmenters: text embeddings go in, mIoU comes out.
 
     Evaluation keeps a confusion matrix and nothing else: class ids are taken on the device, batch by batch. All else

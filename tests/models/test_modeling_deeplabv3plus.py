@@ -212,7 +212,7 @@ def test_a_batch_of_ignored_pixels_has_no_loss(model):
 
 def test_a_silent_decoder_has_a_bounded_gradient(clip):
     """A zero vector has no direction: the gradient was 1e12 there, and clipping then lost the whole step."""
-    made = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL).train()
+    made: Any = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL).train()
     with torch.no_grad():
         made.head.decoder[1][1].bias.fill_(-100.0)  # no channel of any position is above zero
     outputs = made(torch.randn(2, 3, 32, 32), text_embeddings=unit(3, 16), labels=random_labels(2, 8, 8))

@@ -110,7 +110,7 @@ def test_two_processes_recover_as_one(tmp_path, tiny_clip_folder, images):
     for name in ("class_token_cosine", "patch_token_cosine"):
         assert two["before"][name] == pytest.approx(one["before"][name], abs=1e-6)
         assert two["after"][name] == pytest.approx(one["after"][name], abs=1e-4)
-    assert one["after"]["patch_token_cosine"] > one["before"]["patch_token_cosine"] + 1e-3
+        assert abs(one["after"][name] - one["before"][name]) > 0.01  # both have trained
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, tiny_clip_folder, dataset):

@@ -286,6 +286,39 @@ def test_only_what_requires_a_gradient_trains(make_model, make_args, make_datase
     assert torch.equal(text, own_text)
 
 
+def test_a_model_that_was_evaluated_is_prepared_for_training(make_model, make_args, make_dataset, text, monkeypatch):
+    """Marked as prepared it was never wrapped for several processes, and each of them trained its own model."""
+    dataset = make_dataset()
+    trainer = SegmentationTrainer(
+        make_model(), make_args(), text_embeddings=text, train_dataset=dataset, eval_dataset=dataset
+    )
+    trainer.evaluate()
+    prepared, usual = [], trainer.accelerator.prepare_model
+
+    def prepare_model(model, *args, evaluation_mode=False, **kwargs):
+        prepared.append((evaluation_mode, getattr(model, "_is_accelerate_prepared", False)))
+        return usual(model, *args, evaluation_mode=evaluation_mode, **kwargs)
+
+    monkeypatch.setattr(trainer.accelerator, "prepare_model", prepare_model)
+    trainer.train()
+    assert prepared[0] == (False, False)
+
+
+def test_evaluating_first_changes_no_weight(make_model, make_args, make_dataset, text):
+    found = []
+    for evaluates in (False, True):
+        dataset = make_dataset()
+        args = make_args(bf16=True)  # the forward pass is wrapped for mixed precision, once and not twice
+        trainer = SegmentationTrainer(
+            make_model(), args, text_embeddings=text, train_dataset=dataset, eval_dataset=dataset
+        )
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+        found.append(weights_of(trainer.model))
+    assert_same_weights(*found)
+
+
 def test_training_lowers_the_loss(make_model, make_args, make_dataset, text):
     dataset = make_dataset(is_training=False)
     args = make_args(max_steps=15, learning_rate=5e-3, per_device_train_batch_size=6)
