@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_opentrans.benchmark_scale import ScaleRow, scale_table
 from hf_opentrans.benchmark_selection_tables import SelectionRow, StepTiming, selection_notes, selection_table
 from hf_opentrans.benchmarks import LatencyRow, MethodRow
 
@@ -158,6 +159,8 @@ def result_table(values: dict[str, Any]) -> str:
         runs = [SelectionRow(**row) for row in rows]
         timings = [StepTiming(**timing) for timing in values["timings"]]
         table, notes = selection_table(runs, timings), selection_notes(runs, values["settings"])
+    elif "rebuild_seconds" in rows[0]:
+        table = scale_table([ScaleRow(**row) for row in rows])
     elif "method" in rows[0]:
         methods = [MethodRow(**row) for row in rows]
         table, notes = method_table(methods), method_notes(methods, values.get("skipped", ()))

@@ -1,6 +1,7 @@
 """The menus of ours: every size of every sublayer with its error, in the one currency of the final tokens."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,6 +30,11 @@ class AttentionStatistics:
     query_metric: torch.Tensor
     query_moment: torch.Tensor
 
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """Root of the output metric: its eigenvalues are found once, not for every number of heads."""
+        return square_root(self.metric)
+
     def query_key_bases(self) -> Bases:
         """Return the subspaces of queries and keys of all heads."""
         return query_key_bases(self.query_metric, self.query_moment)
@@ -46,7 +52,7 @@ class AttentionStatistics:
         covariance = regular(self.covariance)
         inverse = torch.linalg.inv(covariance[kept][:, kept])
         compensated = self.weight[:, kept] + self.weight[:, gone] @ covariance[gone][:, kept] @ inverse
-        outgoing = square_root(self.metric) @ compensated
+        outgoing = self.root @ compensated
         # What a head adds to the others: the inverse of its block of the joint inverse covariance.
         inner = torch.linalg.inv(diagonal_blocks(inverse, len(heads)))
         bases = value_bases(outgoing.unflatten(1, (-1, width)).transpose(0, 1), inner)
@@ -103,13 +109,15 @@ def _value_errors(statistics: AttentionStatistics, heads: tuple[int, ...], width
     if len(widths) == 1:
         return {widths[0]: 0.0}
     _, outgoing, inverse = statistics.value_bases(heads)
-    width = len(inverse) // len(heads)
-    found = {}
-    for kept in widths:
-        gone = torch.arange(len(inverse), device=inverse.device).unflatten(0, (-1, width))[:, kept:].flatten()
-        factor = torch.linalg.cholesky(inverse[gone][:, gone])
-        found[kept] = float(torch.linalg.solve_triangular(factor, outgoing[:, gone].T, upper=False).square().sum())
-    return found
+    width, smallest = len(inverse) // len(heads), min(widths)
+    # The last dimension of every head goes first. A Cholesky factor holds those of all its leading blocks, so that one
+    # factor has the errors of all widths.
+    dimensions = torch.arange(len(inverse), device=inverse.device).unflatten(0, (-1, width))
+    gone = dimensions[:, smallest:].flip(1).T.flatten()
+    factor = torch.linalg.cholesky(inverse[gone][:, gone])
+    half = torch.linalg.solve_triangular(factor, outgoing[:, gone].T, upper=False)
+    errors = [0.0, *half.square().sum(1).unflatten(0, (-1, len(heads))).sum(1).cumsum(0).tolist()]
+    return {kept: errors[width - kept] for kept in widths}
 
 
 def neuron_menu(
