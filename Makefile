@@ -25,8 +25,8 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/hf-opentrans demo --output demo-output
 
-# The figures that README and cards show; nothing else should run meanwhile. The two long ones are moved to their
-# place when both are done: interrupted, `make results` goes on where it stopped.
+# The figures that README and cards show; nothing else should run meanwhile. The long ones are moved to their
+# place when all are done: interrupted, `make results` goes on where it stopped.
 SCENES := .results-scenes
 MEASURED := --model clip-scenes --images calibration --fidelity-images test --segmentation test --classification single
 results: $(VENV)/.demo
@@ -37,9 +37,10 @@ results: $(VENV)/.demo
 		--json pruning-clip-scenes.json
 	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark pruning $(MEASURED) --keep 0.57 --seeds 3 --ablation \
 		--json ablation-clip-scenes.json
-	mv $(SCENES)/pruning-clip-scenes.* $(SCENES)/ablation-clip-scenes.* model_cards/results/
+	$(BIN)/hf-opentrans benchmark scale --json $(SCENES)/pruning-scale.json
+	mv $(SCENES)/pruning-*.* $(SCENES)/ablation-clip-scenes.* model_cards/results/
 	$(BIN)/hf-opentrans benchmark latency --json model_cards/results/latency-vit-b16.json
-	$(BIN)/hf-opentrans benchmark tables README.md
+	$(BIN)/hf-opentrans benchmark tables README.md model_cards/*.md
 
 # One thread per worker: two workers then fill two cores without fighting over them.
 test: $(VENV)/.test

@@ -22,6 +22,7 @@ SIZES = {
     "vit-l14": (1024, 4096, 24, 14, 224, 768),
     "vit-l14-336": (1024, 4096, 24, 14, 336, 768),
 }
+SCALE_RUNS = ("vit-b16:128", "vit-b16:1024", "vit-l14-336:128")
 # Floating-point operations of a whole pruning run per multiply-accumulate of the tower and image, and per layer and
 # cubed MLP width; counted on ViT-B/16 with 128 images. For the forecast alone.
 PER_IMAGE, PER_LAYER = 13.0, 30.0

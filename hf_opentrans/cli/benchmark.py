@@ -19,7 +19,7 @@ from hf_opentrans.benchmark_pruning import (
     run_benchmark,
 )
 from hf_opentrans.benchmark_rows import fingerprint
-from hf_opentrans.benchmark_scale import SIZES, ScaleFile, parse_run, run_scale, scale_table
+from hf_opentrans.benchmark_scale import SCALE_RUNS, SIZES, ScaleFile, parse_run, run_scale, scale_table
 from hf_opentrans.benchmark_tables import COST, QUALITY, fill_tables, latency_table, method_notes, method_table
 from hf_opentrans.benchmarks import BenchmarkData, paired_latency, synthetic_towers
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
@@ -187,11 +187,10 @@ def benchmark_latency(
 @benchmark_app.command("scale")
 @guarded
 def benchmark_scale(
-    runs: Annotated[list[str], typer.Option(help=f"MODEL:IMAGES, with a model of {', '.join(SIZES)}.")] = [
-        "vit-b16:128",
-        "vit-b16:1024",
-        "vit-l14-336:128",
-    ],  # noqa: B006 (read only)
+    runs: Annotated[
+        list[str] | None,
+        typer.Option(help=f"MODEL:IMAGES, with a model of {', '.join(SIZES)}; default: {' '.join(SCALE_RUNS)}."),
+    ] = None,
     keep: Annotated[float, typer.Option(help="Share of the MACs to keep.")] = 0.6,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every figure here after every run; go on from it.")
@@ -200,7 +199,7 @@ def benchmark_scale(
     """Measure what pruning takes on towers of real size, with random weights and images: time and memory."""
     with usage():
         PruningConfig(keep=keep)
-        parsed = [parse_run(run) for run in runs]
+        parsed = [parse_run(run) for run in runs or SCALE_RUNS]
         results = ScaleFile(json_file, {"keep": keep}, command_line())
     run_scale(parsed, keep, results, say=_say, progress=shows_progress())
     show_table(scale_table(results.rows), title="One-shot pruning, obs, all structures")

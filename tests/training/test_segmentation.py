@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from hf_opentrans import DeepLabV3PlusForSegmentation, SparseCLIPModel
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU
+from hf_opentrans.spectra.selection import parameter_groups, select_layers
 from hf_opentrans.training import SegmentationDataset, SegmentationTrainer
 
 SIDE, IGNORED, UNLABELLED = 32, 255, 9
@@ -317,6 +318,27 @@ def test_evaluating_first_changes_no_weight(make_model, make_args, make_dataset,
         trainer.train()
         found.append(weights_of(trainer.model))
     assert_same_weights(*found)
+
+
+def test_layers_can_learn_at_rates_of_their_own(make_model, make_args, make_dataset, text):
+    model = make_model()
+    selection = select_layers(model, "alpha", target_modules=r"vision_model\.encoder\..*")
+    trainer = SegmentationTrainer(
+        model,
+        make_args(),
+        text_embeddings=text,
+        train_dataset=make_dataset(),
+        parameter_groups=lambda found: parameter_groups(found, selection, 1e-3),
+    )
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    lightest, heaviest = (pick(selection.scores, key=selection.scores.__getitem__) for pick in (max, min))
+    assert rates[id(model.get_submodule(lightest).weight)] == pytest.approx(1.5e-3)
+    assert rates[id(model.get_submodule(heaviest).weight)] == pytest.approx(0.5e-3)
+    assert rates[id(model.head.project.weight)] == 1e-3
+    before = weights_of(model)
+    trainer.train()
+    assert largest_change(weights_of(model), before) > 0
 
 
 def test_training_lowers_the_loss(make_model, make_args, make_dataset, text):
