@@ -89,18 +89,16 @@ class Study:
         drawn = np.random.default_rng(seed).permutation(count)[: round(self.seen * count)]
         return sorted(drawn.tolist())
 
-    def prepare(self, rule: str, seed: int, folder: str) -> ReadyToTrain:
+    def prepare(self, rule: str, seed: int, folder: str, *, progress: bool = False) -> ReadyToTrain:
         """Build the model and the Trainer of a run."""
         config = replace(self.config, select=rule, seed=seed)
-        classes = self.seen_classes(seed)
-        folders = (self.train, self.evaluate)
-        return prepare(self.clip, self.processor, folders, config, Path(folder), classes=classes)
+        classes, folders = self.seen_classes(seed), (self.train, self.evaluate)
+        return prepare(self.clip, self.processor, folders, config, Path(folder), classes=classes, progress=progress)
 
     def run(self, rule: str, seed: int, *, progress: bool = False) -> SelectionRow:
         """Train by one rule and score on all classes."""
         with TemporaryDirectory() as folder:
-            ready = self.prepare(rule, seed, folder)
-            ready.trainer.args.disable_tqdm = not progress
+            ready = self.prepare(rule, seed, folder, progress=progress)
             trainable = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
             with PeakMemory(ready.trainer.args.device) as memory:
                 start = time.perf_counter()

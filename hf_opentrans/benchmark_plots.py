@@ -77,10 +77,14 @@ def draw_pruning(rows: Sequence[MethodRow], path: str | Path, *, title: str = ""
         order = sorted(range(len(ends)), key=lambda index: -ends[index])
         handles, labels = [handles[index] for index in order], [labels[index] for index in order]
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10, handlelength=2.6)
+    _save(figure, path, title)
+    return True
+
+
+def _save(figure: Any, path: str | Path, title: str) -> None:
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.savefig(path, dpi=140, facecolor="white")
-    return True
 
 
 def _draw_lines(axis: Any, lines: dict[str, list[Summary]], name: str, dense_macs: int) -> None:
@@ -174,9 +178,8 @@ def draw_selection(rows: Sequence[SelectionRow], path: str | Path, *, title: str
     figure = Figure(figsize=(11.0, 4.9), layout="constrained")
     axes = figure.subplots(1, 2)
     rules = list(dict.fromkeys(row.rule for row in rows))
-    for axis, (name, panel) in zip(
-        axes, {"seen": "classes that the head saw", "unseen": "others"}.items(), strict=True
-    ):
+    panels = {"seen": "classes that the head saw", "unseen": "classes that it did not see"}
+    for axis, (name, panel) in zip(axes, panels.items(), strict=True):
         for index, rule in enumerate(rules):
             own = [row for row in rows if row.rule == rule]
             scores = [100 * getattr(row, name) for row in own]
@@ -196,6 +199,4 @@ def draw_selection(rows: Sequence[SelectionRow], path: str | Path, *, title: str
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.savefig(path, dpi=140, facecolor="white")
+    _save(figure, path, title)

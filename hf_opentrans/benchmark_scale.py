@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from hf_opentrans.benchmark_memory import PeakMemory
 from hf_opentrans.benchmark_rows import RowFile, duration
+from hf_opentrans.benchmarks import vit_config
 from hf_opentrans.pruning.macs import count_macs
 from hf_opentrans.pruning.plan import PruningConfig
 from hf_opentrans.pruning.prune import prune_model
@@ -85,20 +86,16 @@ def parse_run(text: str) -> tuple[str, int]:
     return model, int(images)
 
 
+def tower_config(model: str) -> CLIPVisionConfig:
+    """Return the configuration of one of `SIZES`."""
+    hidden, neurons, layers, patch, side, shared = SIZES[model]
+    return vit_config(hidden, neurons, layers, patch, image_size=side, projection_dim=shared)
+
+
 def random_tower(model: str, *, seed: int = 0) -> CLIPVisionModelWithProjection:
     """Return a vision tower of one of `SIZES` with random weights."""
-    hidden, neurons, layers, patch, side, shared = SIZES[model]
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=neurons,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        patch_size=patch,
-        image_size=side,
-        projection_dim=shared,
-    )
-    return CLIPVisionModelWithProjection(config).eval()
+    return CLIPVisionModelWithProjection(tower_config(model)).eval()
 
 
 def random_images(count: int, side: int, *, seed: int = 0) -> Iterator[Image.Image]:
@@ -134,15 +131,9 @@ def forecast(runs: Sequence[tuple[str, int]]) -> float:
     flops = 0.0
     for model, images in runs:
         neurons, layers = SIZES[model][1:3]
-        macs = count_macs(random_config(model), resolution=SIZES[model][4])
+        macs = count_macs(tower_config(model), resolution=SIZES[model][4])
         flops += PER_IMAGE * macs * images + PER_LAYER * layers * neurons**3
     return flops / rate
-
-
-def random_config(model: str) -> CLIPVisionConfig:
-    """Return the configuration of `random_tower`, without building it."""
-    with torch.device("meta"):
-        return random_tower(model).config
 
 
 def run_scale(

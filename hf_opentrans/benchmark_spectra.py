@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from hf_opentrans._optional import require
 from hf_opentrans.benchmark_memory import PeakMemory
+from hf_opentrans.benchmarks import vit_config
 from hf_opentrans.spectra.analysis import analyze_spectra, weight_of
 from hf_opentrans.spectra.layers import find_layers
 
@@ -68,14 +69,7 @@ def heavy_tower(hidden: int, neurons: int, layers: int, patch: int, *, seed: int
         seed: Of the weights.
         half: Whether to store them in float16.
     """
-    config = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=neurons,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        patch_size=patch,
-        image_size=224,
-    )
+    config = vit_config(hidden, neurons, layers, patch)
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float16 if half else default)

@@ -407,6 +407,26 @@ def synthetic_towers(keep: float, *, resolution: int = 224, seed: int = 0) -> di
     return {"dense ViT-B/16": dense, f"keep {keep:g}": sparse.eval()}
 
 
+def vit_config(hidden: int, neurons: int, layers: int, patch: int, **options: Any) -> CLIPVisionConfig:
+    """Return the configuration of a vision tower with heads of width 64, as all of OpenAI's have.
+
+    Args:
+        hidden: Width of the residual stream.
+        neurons: Width of the MLPs.
+        layers: How many.
+        patch: Side of a patch in pixels.
+        **options: Other fields: `image_size`, `projection_dim`.
+    """
+    return CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=neurons,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        patch_size=patch,
+        **options,
+    )
+
+
 def environment() -> dict[str, Any]:
     """Return versions, processor and threads: what a measurement depends on."""
     names = ("hf_opentrans", "torch", "transformers", "numpy", "pillow", "safetensors")

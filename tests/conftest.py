@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; subproces
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import json
 import random
 import socket
 from collections.abc import Callable
@@ -161,6 +162,28 @@ def images(tmp_path, tiny_images):
     for index, image in enumerate(tiny_images):
         image.save(folder / f"{index}.png")
     return folder
+
+
+@pytest.fixture
+def write_segmentation_folder(tmp_path):
+    """Return a function (splits, mask_of, classes) that writes a segmentation folder.
+
+    `splits` holds the images of every split, `mask_of(image, index)` returns the mask of one, `classes` is the content
+    of classes.json.
+    """
+
+    def write(splits, mask_of, classes):
+        folder = tmp_path / "data"
+        for split, chosen in splits.items():
+            for name in ("images", "masks"):
+                (folder / name / split).mkdir(parents=True)
+            for index, image in enumerate(chosen):
+                image.save(folder / "images" / split / f"{index}.png")
+                Image.fromarray(mask_of(image, index)).save(folder / "masks" / split / f"{index}.png")
+        (folder / "classes.json").write_text(json.dumps(classes))
+        return folder
+
+    return write
 
 
 @pytest.fixture

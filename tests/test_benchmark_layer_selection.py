@@ -36,19 +36,14 @@ def run(*arguments):
 
 
 @pytest.fixture
-def dataset(tmp_path, tiny_images):
+def dataset(write_segmentation_folder, tiny_images):
     """Return a folder with the splits train and val and four classes in stripes."""
-    folder = tmp_path / "data"
-    for split, count in (("train", 4), ("val", 2)):
-        for name in ("images", "masks"):
-            (folder / name / split).mkdir(parents=True)
-        for index in range(count):
-            image = tiny_images[index]
-            mask = np.repeat(np.arange(4, dtype=np.uint8), image.width // 4)[None].repeat(image.height, 0)
-            image.save(folder / "images" / split / f"{index}.png")
-            Image.fromarray(mask).save(folder / "masks" / split / f"{index}.png")
-    (folder / "classes.json").write_text(json.dumps({"id_to_name": dict(enumerate(NAMES))}))
-    return folder
+
+    def mask_of(image, _):
+        return np.repeat(np.arange(4, dtype=np.uint8), image.width // 4)[None].repeat(image.height, 0)
+
+    classes = {"id_to_name": dict(enumerate(NAMES))}
+    return write_segmentation_folder({"train": tiny_images[:4], "val": tiny_images[:2]}, mask_of, classes)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection, PruningReport, SparseCLIPModel
@@ -26,21 +25,17 @@ def run(*arguments, command="finetune"):
 
 
 @pytest.fixture
-def dataset(tmp_path, tiny_images):
+def dataset(write_segmentation_folder, tiny_images):
     """Return a folder with the splits train and val: the left half is sky, the right one cat."""
-    folder = tmp_path / "data"
-    for split, count in (("train", 4), ("val", 2)):
-        for name in ("images", "masks"):
-            (folder / name / split).mkdir(parents=True)
-        for index in range(count):
-            image = tiny_images[index]
-            mask = np.zeros((image.height, image.width), np.uint8)
-            mask[:, image.width // 2 :] = 1
-            mask[0] = 255
-            image.save(folder / "images" / split / f"{index}.png")
-            Image.fromarray(mask).save(folder / "masks" / split / f"{index}.png")
-    (folder / "classes.json").write_text('{"id_to_name": {"0": "sky", "1": "cat; dog"}, "ignore_id": 255}')
-    return folder
+
+    def mask_of(image, _):
+        mask = np.zeros((image.height, image.width), np.uint8)
+        mask[:, image.width // 2 :] = 1
+        mask[0] = 255
+        return mask
+
+    classes = {"id_to_name": {"0": "sky", "1": "cat; dog"}, "ignore_id": 255}
+    return write_segmentation_folder({"train": tiny_images[:4], "val": tiny_images[:2]}, mask_of, classes)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import hf_opentrans
 from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection
@@ -20,19 +19,16 @@ pytestmark = pytest.mark.slow  # every start of a process takes seconds
 
 
 @pytest.fixture
-def dataset(tmp_path, tiny_images):
+def dataset(write_segmentation_folder, tiny_images):
     """Return a folder with eight training images and five others: an uneven share for two processes."""
-    folder = tmp_path / "data"
-    for split, chosen in (("train", tiny_images), ("val", tiny_images[:5])):
-        for name in ("images", "masks"):
-            (folder / name / split).mkdir(parents=True)
-        for index, image in enumerate(chosen):
-            mask = np.zeros((image.height, image.width), np.uint8)
-            mask[:, (index + 1) * image.width // 10 :] = 1
-            image.save(folder / "images" / split / f"{index}.png")
-            Image.fromarray(mask).save(folder / "masks" / split / f"{index}.png")
-    (folder / "classes.json").write_text('{"id_to_name": {"0": "sky", "1": "cat"}, "ignore_id": 255}')
-    return folder
+
+    def mask_of(image, index):
+        mask = np.zeros((image.height, image.width), np.uint8)
+        mask[:, (index + 1) * image.width // 10 :] = 1
+        return mask
+
+    classes = {"id_to_name": {"0": "sky", "1": "cat"}, "ignore_id": 255}
+    return write_segmentation_folder({"train": tiny_images, "val": tiny_images[:5]}, mask_of, classes)
 
 
 def command(folder: Path, dataset: Path, output: Path, *more: str, **config: float) -> list[str]:
