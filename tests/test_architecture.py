@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "models": "models.*",
     CONFIGS: CONFIGS,
     CLIP: CONFIGS,
-    OPEN: f"{CLIP} models.vocabulary",
+    OPEN: f"{CONFIGS} {CLIP} models.vocabulary",
     MODELINGS: f"{CONFIGS} {CLIP} {OPEN} models.vocabulary",  # never each other
     "models.vocabulary": TEXT,
     "models.processing_*": f"{TEXT} models.segmentation_result {MODELINGS}",

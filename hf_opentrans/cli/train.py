@@ -24,6 +24,7 @@ from hf_opentrans.pruning.report import PruningReport
 
 # Not imported at the top: training needs an extra, and transformers' Trainer takes seconds.
 _REPORT = "training_report.json"
+MODE_HELP = "How CLIP's last block is read: vanilla, maskclip, sclip, clearclip, naclip; default: the model's own."
 
 
 @app.command()
@@ -40,6 +41,7 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the head.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the crops; default: image_size.")] = None,
+    mode: Annotated[str | None, typer.Option(help=MODE_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Of head, crops and random choices.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to train on; default: 'train' where there is one.")] = None,
     eval_dataset: Annotated[Path | None, typer.Option(help="Other folder to score on; default: --dataset.")] = None,
@@ -57,7 +59,7 @@ def finetune(
 
     given = {"framework": framework, "select": select, "fraction": fraction, "granularity": granularity}
     given |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "resolution": resolution}
-    given |= {"seed": seed}
+    given |= {"mode": mode, "seed": seed}
     with usage():
         values = _read_config(config, {field.name for field in fields(FinetuneConfig)})
         settings = FinetuneConfig(**{**values, **{name: v for name, v in given.items() if v is not None}})
@@ -157,6 +159,7 @@ def benchmark_layer_selection(
     steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Crops per step.")] = 8,
     resolution: Annotated[int | None, typer.Option(help="Side of the crops; default: image_size.")] = None,
+    mode: Annotated[str | None, typer.Option(help=MODE_HELP)] = None,
     decoder_channels: Annotated[int, typer.Option(help="Width of the decoder.")] = 64,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted up from the first.")] = 5,
@@ -173,6 +176,7 @@ def benchmark_layer_selection(
     chosen = list(dict.fromkeys(rules or STUDIED))
     options: dict[str, Any] = {"fraction": fraction, "steps": steps, "batch_size": batch_size}
     options |= {"resolution": resolution, "decoder_channels": decoder_channels, "save_every": steps + 1}
+    options |= {"mode": mode}
     with usage():
         configs = [FinetuneConfig(select=rule, **options) for rule in chosen]
         train, evaluate = SegmentationFolder(dataset, split), SegmentationFolder(dataset, eval_split)

@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_sparse_clip import SparseCLIPConfig
 
+UNTRAINED_SCALE = 10.0  # random embeddings compared with names: a sharp softmax would be sure of nonsense
+
 
 @strict
 class DeepLabV3PlusConfig(SparseCLIPConfig):
@@ -22,8 +24,13 @@ class DeepLabV3PlusConfig(SparseCLIPConfig):
             of the layers.
         atrous_rates (`list[int]`, *optional*, defaults to `[3, 6, 9]`):
             Dilations of the pyramid, in patches.
-        classifier_scale (`float`, *optional*, defaults to 10.0):
-            Initial factor on the cosines of pixels and names; it is learned.
+        clip_residual (`bool`, *optional*, defaults to `True`):
+            Whether the decoder adds to CLIP's own dense embedding (read in `segmentation_mode`), and begins with
+            adding nothing. Otherwise it learns the embedding from scratch, as the reference does: names that training
+            never shows are then out of reach.
+        classifier_scale (`float`, *optional*):
+            Initial factor on the cosines of pixels and names; it is learned. Defaults to `segmentation_logit_scale`
+            with `clip_residual`, and to 10 without.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
             Label of pixels that do not count.
     """
@@ -35,8 +42,15 @@ class DeepLabV3PlusConfig(SparseCLIPConfig):
     skip_channels: int = 48
     low_level_layer: int | None = None
     atrous_rates: list[int] | tuple[int, ...] = (3, 6, 9)
-    classifier_scale: float | int = 10.0
+    clip_residual: bool = True
+    classifier_scale: float | int | None = None
     semantic_loss_ignore_index: int = 255
+
+    @property
+    def initial_scale(self) -> float:
+        """Factor on the cosines before training."""
+        default = self.segmentation_logit_scale if self.clip_residual else UNTRAINED_SCALE
+        return float(default if self.classifier_scale is None else self.classifier_scale)
 
     def __eq__(self, other: object) -> bool:
         return SparseCLIPConfig.__eq__(self, other)  # the dataclass would bring its own
@@ -44,7 +58,7 @@ class DeepLabV3PlusConfig(SparseCLIPConfig):
     def validate_decoder(self) -> None:
         """Part of `@strict`-powered validation."""
         for name in ("decoder_channels", "skip_channels", "classifier_scale"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
         if not self.atrous_rates or min(self.atrous_rates) < 1:
             raise ValueError(f"atrous_rates is {self.atrous_rates}. It must hold positive integers. Correct it.")

@@ -2,7 +2,9 @@
 
 Chen et al. 2018 (arXiv 1802.02611) on a plain transformer: the map of the last layer goes through the atrous pyramid,
 is enlarged twice and meets a low-level map. Group norm takes the place of batch norm: small batches, several processes
-and frozen parts then give the same figures. This file travels with checkpoints as remote code.
+and frozen parts then give the same figures. With `clip_residual` the decoder adds to CLIP's own dense embedding and
+starts at zero: the untrained model segments as CLIP does, and names that training never shows are not lost.
+This file travels with checkpoints as remote code.
 """
 
 import math
@@ -16,7 +18,7 @@ from transformers import initialization as init
 from .configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .configuration_sparse_clip import SparseCLIPVisionConfig
 from .modeling_open_vocabulary import OpenVocabularyModel, OpenVocabularySegmenterOutput, text_embeddings_of
-from .modeling_sparse_clip import SparseCLIPEncoderLayer, SparseCLIPModel
+from .modeling_sparse_clip import SparseCLIPModel
 from .vocabulary import Vocabulary
 
 MOST_GROUPS = 16
@@ -60,13 +62,23 @@ class DeepLabV3PlusHead(nn.Module):
         self.low_level = _block(hidden, skip, 1)
         self.decoder = nn.Sequential(_block(channels + skip, channels, 3), _block(channels, channels, 3))
         self.project = DecoderConvolution(channels, cast("int", config.projection_dim), 1)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.classifier_scale)))
+        self.starts_at_zero = config.clip_residual
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_scale)))
 
-    def forward(self, features: torch.Tensor, low_level: torch.Tensor) -> torch.Tensor:
-        """Return unit embeddings of shape `(batch_size, dim, 2 height, 2 width)` of two maps on the patch grid."""
+    def forward(
+        self, features: torch.Tensor, low_level: torch.Tensor, dense_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return unit embeddings of shape `(batch_size, dim, 2 height, 2 width)` of maps on the patch grid.
+
+        Args:
+            features: Of the last layer, `(batch_size, hidden_size, height, width)`.
+            low_level: Of an earlier layer, of the same shape.
+            dense_embeds: CLIP's unit embeddings, `(batch_size, dim, height, width)`; the decoder adds to them.
+        """
         high = _double(self.pyramid(features))
         low = _double(self.low_level(low_level))
-        return normalize(self.project(self.decoder(torch.cat([high, low], 1))), dim=1)
+        embeds = self.project(self.decoder(torch.cat([high, low], 1)))
+        return normalize(embeds if dense_embeds is None else _double(dense_embeds) + embeds, dim=1)
 
 
 class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
@@ -142,8 +154,7 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
                 without text or outside of it.
         """
         text_embeddings = text_embeddings_of(vocabulary, text_embeddings)
-        features, low_level = self._features(pixel_values)
-        embeds = self.head(features, low_level)
+        embeds = self.head(*self._features(pixel_values))
         logits = loss = None
         if text_embeddings is not None:
             text_embeddings = text_embeddings.to(embeds.device, embeds.dtype)
@@ -152,17 +163,22 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
             loss = _cross_entropy(logits, labels, self.config.semantic_loss_ignore_index)
         return OpenVocabularySegmenterOutput(loss=loss, logits=logits, dense_embeds=embeds, vocabulary=vocabulary)
 
-    def _features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the map of the last layer and the low-level one, `(batch_size, hidden_size, *grid)` each."""
-        grid, vision = self._grid(pixel_values), self.vision_model
-        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
-        low = hidden
-        for index, layer in enumerate(cast("list[SparseCLIPEncoderLayer]", vision.encoder.layers), 1):
-            hidden = layer(hidden, None)
-            if index == self.low_level_layer:
-                low = hidden
-        maps = (vision.post_layernorm(hidden), low)
-        return maps[0][:, 1:].transpose(1, 2).unflatten(2, grid), maps[1][:, 1:].transpose(1, 2).unflatten(2, grid)
+    def _features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return what the head reads: the map of the last layer, the low-level one, and CLIP's dense embeddings."""
+        grid = self._grid(pixel_values)
+        before, taps = self._run_blocks(pixel_values, (self.low_level_layer,))
+        last = self._layers[-1](before, None)
+        tokens = self.vision_model.post_layernorm(last[:, 1:])
+        dense_embeds = None
+        if self.config.clip_residual:
+            mode, reduced = self._resolve_mode(None, None)
+            if (mode, reduced) == ("vanilla", False):
+                dense_embeds = self._to_embeds(tokens, grid)
+            else:
+                dense = self._last_block(before, grid, mode, reduced)
+                dense_embeds = self._to_embeds(self.vision_model.post_layernorm(dense[:, 1:]), grid)
+        low = (taps[self.low_level_layer] if taps else last)[:, 1:]
+        return tokens.transpose(1, 2).unflatten(2, grid), low.transpose(1, 2).unflatten(2, grid), dense_embeds
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -177,7 +193,10 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, DeepLabV3PlusHead):
-            init.constant_(module.logit_scale, math.log(self.config.classifier_scale))
+            init.constant_(module.logit_scale, math.log(self.config.initial_scale))
+            if module.starts_at_zero:
+                init.zeros_(module.project.weight)
+                init.zeros_(cast("torch.Tensor", module.project.bias))
 
 
 def _double(features: torch.Tensor) -> torch.Tensor:

@@ -1,31 +1,15 @@
 """Training-free open-vocabulary segmentation with a CLIP: dense tokens of the last block against text embeddings.
 
-The modes differ in the last block alone (X: its input, q, k, v: of layer_norm1(X), O: out_proj, s: the softmax scale):
-
-| mode      | attention                         | published with residual and MLP | source             |
-|-----------|-----------------------------------|---------------------------------|--------------------|
-| vanilla   | softmax(s q k^T)                  | yes                             | CLIP               |
-| maskclip  | identity                          | no                              | arXiv 2112.01071   |
-| sclip     | softmax(s q q^T) + softmax(s k k^T) | yes                           | arXiv 2312.01597   |
-| clearclip | softmax(s q q^T)                  | no                              | arXiv 2407.12442   |
-| naclip    | softmax(s k k^T + G)              | no                              | arXiv 2404.08181   |
-
+The modes differ in the last block alone: see `modeling_open_vocabulary`.
 This file travels with checkpoints as remote code.
 """
 
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from .configuration_sparse_clip import SEGMENTATION_MODES
 from .modeling_open_vocabulary import OpenVocabularyModel, OpenVocabularySegmenterOutput, text_embeddings_of
-from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPEncoderLayer
 from .vocabulary import Vocabulary
-
-NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
-_PUBLISHED_REDUCED = {"vanilla": False, "maskclip": True, "sclip": False, "clearclip": True, "naclip": True}
 
 
 class DenseCLIPForSegmentation(OpenVocabularyModel):
@@ -72,46 +56,6 @@ class DenseCLIPForSegmentation(OpenVocabularyModel):
             logits = self.config.segmentation_logit_scale * torch.einsum("bdhw,qd->bqhw", tokens, text_embeddings)
         return OpenVocabularySegmenterOutput(logits=logits, dense_embeds=tokens, vocabulary=vocabulary)
 
-    def get_dense_features(
-        self, pixel_values: torch.Tensor, mode: str | None = None, reduced: bool | None = None
-    ) -> torch.Tensor:
-        """Return unit patch tokens in the space shared with text, `(batch_size, dim, grid_height, grid_width)`."""
-        mode, reduced = self._resolve_mode(mode, reduced)
-        vision, grid = self.vision_model, self._grid(pixel_values)
-        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
-        for layer in self._layers[:-1]:
-            hidden = layer(hidden, None)
-        hidden = self._last_block(hidden, grid, mode, reduced)
-        tokens = self.visual_projection(vision.post_layernorm(hidden[:, 1:]))
-        return normalize(tokens, dim=-1).transpose(1, 2).unflatten(2, grid)
-
-    @property
-    def _layers(self) -> list[SparseCLIPEncoderLayer]:
-        return cast("list[SparseCLIPEncoderLayer]", self.vision_model.encoder.layers)
-
-    def _resolve_mode(self, mode: str | None, reduced: bool | None) -> tuple[str, bool]:
-        mode = self.config.segmentation_mode if mode is None else mode
-        if reduced is None and mode == self.config.segmentation_mode:
-            reduced = self.config.segmentation_reduced
-        if mode not in SEGMENTATION_MODES:
-            raise ValueError(f"mode is {mode!r}. It must be one of {', '.join(SEGMENTATION_MODES)}.")
-        return mode, _PUBLISHED_REDUCED[mode] if reduced is None else reduced
-
-    def _last_block(self, hidden: torch.Tensor, grid: tuple[int, int], mode: str, reduced: bool) -> torch.Tensor:
-        layer = self._layers[-1]
-        if mode == "vanilla" and not reduced:
-            return layer(hidden, None)
-        if not layer.has_attention or layer.self_attn.num_heads == 0:
-            raise ValueError(
-                f"The last block has no attention heads. The mode {mode!r} reads them. Use mode='vanilla', or prune "
-                "with protect_last_attention=True."
-            )
-        attended = _attend(layer.self_attn, layer.layer_norm1(hidden), grid, mode)
-        if reduced:
-            return attended
-        hidden = hidden + attended
-        return hidden + layer.mlp(layer.layer_norm2(hidden)) if layer.has_mlp else hidden
-
     def _slide(
         self,
         pixel_values: torch.Tensor,
@@ -151,40 +95,6 @@ class DenseCLIPForSegmentation(OpenVocabularyModel):
 def _starts(length: int, window: int, step: int) -> list[int]:
     """Starts of windows that cover `length`; the last one is shifted back inside, never padded."""
     return [*range(0, length - window, step), length - window]
-
-
-def _attend(attention: SparseCLIPAttention, hidden: torch.Tensor, grid: tuple[int, int], mode: str) -> torch.Tensor:
-    """Apply the block's own projections with the attention of `mode`; returns `(batch_size, tokens, hidden_size)`."""
-    q, k, v = attention.project(hidden)
-    scale = attention.scale
-    if mode == "vanilla":
-        output = scaled_dot_product_attention(q, k, v, scale=scale)
-    elif mode == "maskclip":
-        output = v
-    elif mode == "clearclip":
-        output = scaled_dot_product_attention(q, q, v, scale=scale)
-    elif mode == "sclip":
-        output = scaled_dot_product_attention(q, q, v, scale=scale) + scaled_dot_product_attention(
-            k, k, v, scale=scale
-        )
-    else:
-        bias = neighbour_bias(grid, device=v.device, dtype=v.dtype)
-        output = scaled_dot_product_attention(k, k, v, attn_mask=bias, scale=scale)
-    return attention.merge_heads(output.transpose(1, 2))
-
-
-def neighbour_bias(
-    grid: tuple[int, int], device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """NACLIP's additive attention bias of shape `(1 + patches, 1 + patches)`: a Gaussian over patch distance.
-
-    `exp(-|p_i - p_j|^2 / (2 sigma^2))` with sigma = 5 patches; zero in the row and column of the class token.
-    """
-    rows, columns = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
-    points = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
-    squared = (points[:, None] - points[None]).square().sum(-1)
-    bias = torch.exp(-squared / (2 * NEIGHBOUR_SIGMA**2))
-    return nn.functional.pad(bias, (1, 0, 1, 0)).to(dtype)
 
 
 __all__ = ["DenseCLIPForSegmentation"]

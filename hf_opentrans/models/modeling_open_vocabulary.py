@@ -1,18 +1,34 @@
-"""What all open-vocabulary segmenters share: their output, and text turned into embeddings.
+"""What all open-vocabulary segmenters share: their output, text turned into embeddings, and dense CLIP features.
+
+The modes differ in the last block alone (X: its input, q, k, v: of layer_norm1(X), O: out_proj, s: the softmax scale):
+
+| mode      | attention                         | published with residual and MLP | source             |
+|-----------|-----------------------------------|---------------------------------|--------------------|
+| vanilla   | softmax(s q k^T)                  | yes                             | CLIP               |
+| maskclip  | identity                          | no                              | arXiv 2112.01071   |
+| sclip     | softmax(s q q^T) + softmax(s k k^T) | yes                           | arXiv 2312.01597   |
+| clearclip | softmax(s q q^T)                  | no                              | arXiv 2407.12442   |
+| naclip    | softmax(s k k^T + G)              | no                              | arXiv 2404.08181   |
 
 This file travels with checkpoints as remote code.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers.utils.generic import ModelOutput
 
-from .modeling_sparse_clip import SparseCLIPModel
+from .configuration_sparse_clip import SEGMENTATION_MODES
+from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPEncoderLayer, SparseCLIPModel
 from .vocabulary import Vocabulary
 
 REMEMBERED_VOCABULARIES = 8
+NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
+_PUBLISHED_REDUCED = {"vanilla": False, "maskclip": True, "sclip": False, "clearclip": True, "naclip": True}
 
 
 @dataclass
@@ -37,7 +53,7 @@ class OpenVocabularySegmenterOutput(ModelOutput):
 
 
 class OpenVocabularyModel(SparseCLIPModel):
-    """A CLIP that segments: it turns a vocabulary into text embeddings with its own text tower."""
+    """A CLIP that segments: it turns a vocabulary into text embeddings, and images into dense ones."""
 
     main_input_name = "pixel_values"
 
@@ -58,6 +74,64 @@ class OpenVocabularyModel(SparseCLIPModel):
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(self.device)
         return cast("Any", self.get_text_features(**inputs)).pooler_output
 
+    def get_dense_features(
+        self, pixel_values: torch.Tensor, mode: str | None = None, reduced: bool | None = None
+    ) -> torch.Tensor:
+        """Return unit patch tokens in the space shared with text, `(batch_size, dim, grid_height, grid_width)`."""
+        mode, reduced = self._resolve_mode(mode, reduced)
+        grid = self._grid(pixel_values)
+        hidden, _ = self._run_blocks(pixel_values)
+        hidden = self._last_block(hidden, grid, mode, reduced)
+        return self._to_embeds(self.vision_model.post_layernorm(hidden[:, 1:]), grid)
+
+    def _run_blocks(
+        self, pixel_values: torch.Tensor, taps: Collection[int] = ()
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Run all blocks but the last, which every framework runs in its own way.
+
+        Returns the input of the last block, `(batch_size, 1 + patches, hidden_size)`, and the outputs of the blocks
+        in `taps`, counted from 1.
+        """
+        vision = self.vision_model
+        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
+        found: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(self._layers[:-1], 1):
+            hidden = layer(hidden, None)
+            if index in taps:
+                found[index] = hidden
+        return hidden, found
+
+    def _to_embeds(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Project patch tokens after the last LayerNorm; return unit vectors on the patch grid."""
+        return normalize(self.visual_projection(tokens), dim=-1).transpose(1, 2).unflatten(2, grid)
+
+    @property
+    def _layers(self) -> list[SparseCLIPEncoderLayer]:
+        return cast("list[SparseCLIPEncoderLayer]", self.vision_model.encoder.layers)
+
+    def _resolve_mode(self, mode: str | None, reduced: bool | None) -> tuple[str, bool]:
+        mode = self.config.segmentation_mode if mode is None else mode
+        if reduced is None and mode == self.config.segmentation_mode:
+            reduced = self.config.segmentation_reduced
+        if mode not in SEGMENTATION_MODES:
+            raise ValueError(f"mode is {mode!r}. It must be one of {', '.join(SEGMENTATION_MODES)}.")
+        return mode, _PUBLISHED_REDUCED[mode] if reduced is None else reduced
+
+    def _last_block(self, hidden: torch.Tensor, grid: tuple[int, int], mode: str, reduced: bool) -> torch.Tensor:
+        layer = self._layers[-1]
+        if mode == "vanilla" and not reduced:
+            return layer(hidden, None)
+        if not layer.has_attention or layer.self_attn.num_heads == 0:
+            raise ValueError(
+                f"The last block has no attention heads. The mode {mode!r} reads them. Use mode='vanilla', or prune "
+                "with protect_last_attention=True."
+            )
+        attended = _attend(layer.self_attn, layer.layer_norm1(hidden), grid, mode)
+        if reduced:
+            return attended
+        hidden = hidden + attended
+        return hidden + layer.mlp(layer.layer_norm2(hidden)) if layer.has_mlp else hidden
+
     @property
     def _patch_size(self) -> int:
         return cast("int", self.vision_model.config.patch_size)
@@ -71,6 +145,40 @@ class OpenVocabularyModel(SparseCLIPModel):
                 "Resize it, for example with OpenVocabularyProcessor."
             )
         return height // patch, width // patch
+
+
+def _attend(attention: SparseCLIPAttention, hidden: torch.Tensor, grid: tuple[int, int], mode: str) -> torch.Tensor:
+    """Apply the block's own projections with the attention of `mode`; returns `(batch_size, tokens, hidden_size)`."""
+    q, k, v = attention.project(hidden)
+    scale = attention.scale
+    if mode == "vanilla":
+        output = scaled_dot_product_attention(q, k, v, scale=scale)
+    elif mode == "maskclip":
+        output = v
+    elif mode == "clearclip":
+        output = scaled_dot_product_attention(q, q, v, scale=scale)
+    elif mode == "sclip":
+        output = scaled_dot_product_attention(q, q, v, scale=scale) + scaled_dot_product_attention(
+            k, k, v, scale=scale
+        )
+    else:
+        bias = neighbour_bias(grid, device=v.device, dtype=v.dtype)
+        output = scaled_dot_product_attention(k, k, v, attn_mask=bias, scale=scale)
+    return attention.merge_heads(output.transpose(1, 2))
+
+
+def neighbour_bias(
+    grid: tuple[int, int], device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """NACLIP's additive attention bias of shape `(1 + patches, 1 + patches)`: a Gaussian over patch distance.
+
+    `exp(-|p_i - p_j|^2 / (2 sigma^2))` with sigma = 5 patches; zero in the row and column of the class token.
+    """
+    rows, columns = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
+    points = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
+    squared = (points[:, None] - points[None]).square().sum(-1)
+    bias = torch.exp(-squared / (2 * NEIGHBOUR_SIGMA**2))
+    return nn.functional.pad(bias, (1, 0, 1, 0)).to(dtype)
 
 
 def text_embeddings_of(vocabulary: Vocabulary | None, text_embeddings: torch.Tensor | None) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from transformers import PrinterCallback
 from hf_opentrans._files import check_output_folder
 from hf_opentrans._optional import require
 from hf_opentrans.data.folder import SegmentationFolder
+from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.vocabulary import Vocabulary
@@ -52,6 +53,8 @@ class FinetuneConfig(Schedule):
         lora_rank: Rank of the updates of "lora".
         resolution: Side of the crops in pixels; the CLIP's own where it is None.
         decoder_channels: Width of the decoder.
+        clip_residual: Whether the decoder adds to CLIP's own dense embedding, or learns it from scratch.
+        mode: How CLIP's last block is read for it (`SparseCLIPConfig.segmentation_mode`). Defaults to the model's.
 
     All fields of `Schedule` too; `learning_rate` is that of the head.
 
@@ -68,15 +71,17 @@ class FinetuneConfig(Schedule):
     lora_rank: int = 8
     resolution: int | None = None
     decoder_channels: int = 256
+    clip_residual: bool = True
+    mode: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choices = {"framework": FRAMEWORKS, "select": (EVERYTHING, HEAD, LORA, *RULES), "granularity": GRANULARITIES}
+        choices |= {"mode": (None, *SEGMENTATION_MODES)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}. It must be one of {', '.join(known)}. Correct it."
-                )
+                listed = ", ".join(filter(None, known))
+                raise ValueError(f"{name} is {getattr(self, name)!r}. It must be one of {listed}. Correct it.")
         how_many(self.fraction, 1)
         for name in ("tower_rate", "lora_rank", "decoder_channels", "gradient_batches"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -220,7 +225,10 @@ def prepare(
         progress: Whether Trainer shows its bar.
     """
     torch.manual_seed(config.seed)
-    model = DeepLabV3PlusForSegmentation.from_clip(clip, decoder_channels=config.decoder_channels)
+    options: dict[str, Any] = {"decoder_channels": config.decoder_channels, "clip_residual": config.clip_residual}
+    if config.mode is not None:
+        options |= {"segmentation_mode": config.mode, "segmentation_reduced": None}
+    model = DeepLabV3PlusForSegmentation.from_clip(clip, **options)
     side = config.resolution or int(model.vision_model.config.image_size)  # pyright: ignore[reportArgumentType]
     datasets = [
         SegmentationDataset(

@@ -86,11 +86,11 @@ def clip(tiny_clip):
 
 @pytest.fixture
 def model(clip):
-    """Return a segmenter in training mode whose head has no zero biases: they would hide errors."""
+    """Return a segmenter in training mode whose head has no zeros: they would hide errors."""
     made = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL)
     with torch.no_grad():
-        for parameter in made.head.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in made.head.named_parameters():
+            if parameter.ndim == 1 or name == "project.weight":
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return made.train()
 
@@ -254,19 +254,19 @@ def test_a_frozen_tower_keeps_no_graph(model):
     model.vision_model.requires_grad_(False)
     model.head.register_forward_pre_hook(lambda _, maps: seen.extend(part.requires_grad for part in maps))
     backward(model, torch.randn(2, 3, 32, 32), unit(3, 16), random_labels(2, 32, 32))
-    assert seen == [False, False]
+    assert seen == [False, False, False]
     assert all(p.grad is None for p in model.vision_model.parameters())
     assert all(p.grad is not None for p in model.head.parameters())
 
 
 def test_low_level_features_need_no_graph_below_the_trained_layers(model):
-    """With layer 3 alone trained, the map of layer 1 is still free of a graph and that of layer 3 is not."""
+    """With layer 3 alone trained, the map of layer 1 is still free of a graph and those of layer 3 are not."""
     seen = []
     model.vision_model.requires_grad_(False)
     model.vision_model.encoder.layers[2].requires_grad_(True)
     model.head.register_forward_pre_hook(lambda _, maps: seen.extend(part.requires_grad for part in maps))
     backward(model, torch.randn(2, 3, 32, 32), unit(3, 16), random_labels(2, 32, 32))
-    assert seen == [True, False]
+    assert seen == [True, False, True]
 
 
 def test_activation_checkpointing_changes_no_gradient(model):
@@ -315,7 +315,7 @@ def test_the_high_level_map_is_the_last_hidden_state_of_the_clip(tiny_clip, tiny
     pixels, layer = torch.randn(2, 3, 24, 40), 2
     model = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL, low_level_layer=layer).eval()
     with torch.no_grad():
-        features, low = model._features(pixels)
+        features, low, _ = model._features(pixels)
         tower = clip.vision_model(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
         high = clip.vision_model.post_layernorm(tower.last_hidden_state)
     for found, tokens in ((features, high), (low, tower.hidden_states[layer])):
@@ -342,9 +342,50 @@ def test_the_head_is_drawn_from_the_seed(clip):
     heads = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        heads.append(DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL).head.project.weight)
+        heads.append(DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL).state_dict()["head.decoder.0.0.weight"])
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
+
+
+# CLIP's own embeddings as the start
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "maskclip", "sclip", "clearclip", "naclip"])
+def test_the_untrained_head_gives_the_dense_embeddings_of_the_clip(tiny_clip_folder, mode):
+    dense = DenseCLIPForSegmentation.from_pretrained(tiny_clip_folder).eval()
+    options = {**SMALL, "segmentation_mode": mode, "segmentation_logit_scale": 7.0}
+    model = DeepLabV3PlusForSegmentation.from_clip(dense, **options).eval()
+    pixels, text = torch.randn(2, 3, 24, 40), unit(5, 16)
+    with torch.no_grad():
+        tokens = dense.get_dense_features(pixels, mode)
+        found = model(pixels, text_embeddings=text)
+    twice = normalize(interpolate(tokens, scale_factor=2, mode="bilinear", align_corners=False), dim=1)
+    torch.testing.assert_close(found.dense_embeds, twice, atol=1e-5, rtol=1e-5)
+    cosines = torch.einsum("bdhw,qd->bqhw", found.dense_embeds, text)
+    torch.testing.assert_close(found.logits, 7.0 * cosines, atol=1e-4, rtol=1e-4)
+
+
+def test_one_step_moves_the_embeddings_away_from_those_of_the_clip(clip):
+    model = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL).train()
+    batch = (torch.randn(2, 3, 32, 32), unit(3, 16), random_labels(2, 32, 32))
+    before = backward(model, *batch)
+    moved = [name for name, p in model.head.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    assert {"project.weight", "project.bias", "logit_scale"} == set(moved)  # the rest waits for the first step
+    torch.optim.SGD(model.head.parameters(), lr=1e-3).step()
+    model.zero_grad()
+    assert backward(model, *batch) < before
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.head.parameters())
+
+
+def test_without_it_the_head_learns_the_embedding_from_scratch(clip):
+    model = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL, clip_residual=False).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    _, _, dense = model._features(pixels)
+    assert dense is None
+    assert float(model.head.logit_scale.detach().exp()) == pytest.approx(10)
+    state = model.state_dict()
+    assert bool(state["head.project.weight"].any())
+    assert bool(state["head.project.bias"].any())
 
 
 # Options
@@ -373,7 +414,7 @@ def test_the_low_level_layer_is_counted_from_one(clip, layer, expected):
     kept = []
     model.vision_model.encoder.layers[expected - 1].register_forward_hook(lambda *args: kept.append(args[-1]))
     with torch.no_grad():
-        _, low = model._features(torch.randn(1, 3, 32, 32))
+        _, low, _ = model._features(torch.randn(1, 3, 32, 32))
     assert torch.equal(low.flatten(2).transpose(1, 2), kept[0][:, 1:])
 
 

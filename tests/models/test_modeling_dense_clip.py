@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, linear, normalize
 from transformers import CLIPVisionModel
 
 from hf_opentrans import DenseCLIPForSegmentation, SparseCLIPConfig, SparseCLIPModel, Vocabulary, slice_model
-from hf_opentrans.models.modeling_dense_clip import neighbour_bias
+from hf_opentrans.models.modeling_open_vocabulary import neighbour_bias
 from hf_opentrans.pruning import LayerPlan, PruningPlan
 
 MODES = ["vanilla", "maskclip", "sclip", "clearclip", "naclip"]
