@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_opentrans.benchmark_scale import ScaleRow, scale_table
 from hf_opentrans.benchmark_selection_tables import SelectionRow, StepTiming, selection_notes, selection_table
+from hf_opentrans.benchmark_spectra import SpectraRow, spectra_table
 from hf_opentrans.benchmarks import LatencyRow, MethodRow
 
 Table = tuple[list[str], list[list[str]]]
@@ -159,6 +160,8 @@ def result_table(values: dict[str, Any]) -> str:
         runs = [SelectionRow(**row) for row in rows]
         timings = [StepTiming(**timing) for timing in values["timings"]]
         table, notes = selection_table(runs, timings), selection_notes(runs, values["settings"])
+    elif "over_eigenvalues" in rows[0]:
+        table = spectra_table([SpectraRow(**row) for row in rows])
     elif "rebuild_seconds" in rows[0]:
         table = scale_table([ScaleRow(**row) for row in rows])
     elif "method" in rows[0]:

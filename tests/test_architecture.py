@@ -53,7 +53,8 @@ MAY_IMPORT = {
 # Inside pruning, from left to right. A module that is not listed is below them all.
 PRUNING_ORDER = ["plan", "macs", "sizes", "calibration statistics", "importance low_rank"]
 PRUNING_ORDER += ["allocation foreign", "menus search", "reconstruction", "refit", "surgery"]
-PRUNING_ORDER += ["latency latency_timing", "baselines", "selection", "subnetwork", "report", "summary", "prune"]
+PRUNING_ORDER += ["latency latency_timing", "baselines", "selection", "hosts", "unused", "transfer", "transferred"]
+PRUNING_ORDER += ["subnetwork", "report", "summary", "prune"]
 RANK = {f"pruning.{name}": i for i, level in enumerate(PRUNING_ORDER, 1) for name in level.split()}
 # Files in models/ travel with checkpoints as remote code.
 REMOTE_CODE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | sys.stdlib_module_names

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from hf_opentrans.benchmark_tables import fill_tables
 
@@ -37,17 +38,23 @@ def test_a_changed_figure_is_noticed(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:8 calibration images")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-def test_code_blocks_run(tmp_path, tiny_clip_folder, tiny_images, monkeypatch):
+def test_code_blocks_run(tmp_path, tiny_clip, tiny_clip_folder, tiny_images, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder" / "of" / "images").mkdir(parents=True)
     for index, image in enumerate(tiny_images):
         image.save(tmp_path / "folder" / "of" / "images" / f"{index}.png")
     tiny_images[0].save("photo.jpg")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
-    names = {"PATH": str(tiny_clip_folder)}  # of all blocks: a reader types them in order
+    assert len(blocks) == 5
+    values = tiny_clip.config.to_dict()
+    towers = {name: values[name] for name in ("text_config", "vision_config")}
+    seg = CLIPSegForImageSegmentation(CLIPSegConfig(**towers, projection_dim=16, extract_layers=[0, 1]))
+    seg.save_pretrained("seg")
+    # Of all blocks: a reader types them in order.
+    names = {"PATH": str(tiny_clip_folder), "CLIPSEG": "seg"}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     with Image.open("overlay.png") as overlay:
         assert overlay.size[0] > 40
+    assert (tmp_path / "smaller" / "config.json").exists()
     assert (tmp_path / "pruned" / "subnetwork" / "subnetwork.json").exists()

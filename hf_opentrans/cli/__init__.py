@@ -8,6 +8,7 @@ from hf_opentrans.cli import benchmark as _benchmark  # noqa: F401
 from hf_opentrans.cli import commands as _commands  # noqa: F401
 from hf_opentrans.cli import latency as _latency  # noqa: F401
 from hf_opentrans.cli import train as _train  # noqa: F401
+from hf_opentrans.cli import transfer as _transfer  # noqa: F401
 from hf_opentrans.cli._common import app, repeat_options
 from hf_opentrans.loading import quiet_transformers
 

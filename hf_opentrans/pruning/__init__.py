@@ -6,6 +6,8 @@ from .prune import PruningResult, prune_model
 from .report import LayerReport, PruningReport
 from .subnetwork import Subnetwork
 from .surgery import apply_masks, slice_model, to_sparse
+from .transfer import TransferReport, TransferResult
+from .transferred import load_transferred, save_transferred
 
 __all__ = [
     "LatencyTable",
@@ -16,9 +18,13 @@ __all__ = [
     "PruningReport",
     "PruningResult",
     "Subnetwork",
+    "TransferReport",
+    "TransferResult",
     "apply_masks",
+    "load_transferred",
     "measure_latency_table",
     "prune_model",
+    "save_transferred",
     "slice_model",
     "to_sparse",
 ]

@@ -19,13 +19,14 @@ from .baselines import zero_smallest
 from .calibration import Calibration, list_images, load_calibration
 from .latency import LatencyTable
 from .macs import CostModel, CountedCost, LayerWidths, TowerCost, layer_widths, tower_cost
+from .matching import hash_tensors, sample_tensors
 from .menus import fewest_neurons
 from .plan import STRUCTURES, PruningConfig, PruningPlan
 from .refit import rebuild
 from .report import REPORT_FILE, PruningReport
 from .selection import Selection, recipe_of, select_baseline, select_ours
 from .sizes import head_dim_step
-from .subnetwork import Subnetwork, hash_tensors
+from .subnetwork import Subnetwork
 from .summary import make_report, realised_error
 from .surgery import PrunableModel, slice_model, to_sparse
 from .tower import SparseModel, Tower
@@ -318,4 +319,5 @@ def _subnetwork(
             "realised_keep": report.realised_keep,
             "dense": budget.dense,
         },
+        source_samples=sample_tensors(dense),
     )

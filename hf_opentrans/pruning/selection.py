@@ -85,7 +85,7 @@ def select_ours(
         if config.metric == "identity":
             metrics |= _identity_metrics(tower, layer, statistics)
         if "heads" in statistics:
-            attention[layer] = _attention_statistics(tower, layer, statistics, metrics)
+            attention[layer] = attention_statistics(tower, layer, statistics, metrics)
             menus.append(attention_menu(tower, layer, attention[layer], config))
         if "neurons" in statistics:
             both = _both(statistics["neurons"])
@@ -142,9 +142,10 @@ def _both(parts: tuple[CovarianceStatistics, CovarianceStatistics]) -> Covarianc
     return parts[0].merge(parts[1])
 
 
-def _attention_statistics(
+def attention_statistics(
     tower: Tower, layer: int, statistics: Statistics, metrics: dict[Key, torch.Tensor]
 ) -> AttentionStatistics:
+    """Gather what the subspaces of a layer's heads are found from: activations, and the output metrics."""
     heads = tower.layers[layer].self_attn.num_heads
     return AttentionStatistics(
         tower.consumers[layer, "heads"].weight.double(),
@@ -152,6 +153,24 @@ def _attention_statistics(
         metrics[layer, "heads"],
         metrics[layer, "queries"],
         diagonal_blocks(_both(statistics["queries"]).moment, heads),
+    )
+
+
+def white_statistics(tower: Tower, layer: int) -> AttentionStatistics:
+    """Return what `attention_statistics` would find if the layer's inputs were white noise: the weights alone."""
+    attention = tower.layers[layer].self_attn
+    heads = attention.num_heads
+    query, key, value = (
+        torch.cat([part.weight, part.bias[:, None]], 1).detach().double()
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    weight = attention.out_proj.weight.detach().double()
+    return AttentionStatistics(
+        weight,
+        value @ value.T,
+        torch.eye(len(weight)).to(weight),
+        diagonal_blocks(key[:, :-1] @ key[:, :-1].T, heads),  # softmax never sees the keys' bias
+        diagonal_blocks(query @ query.T, heads),
     )
 
 
@@ -201,20 +220,32 @@ def _narrows(menu: Menu, size: Size) -> bool:
     return menu.kind == "heads" and size.units > 0 and narrower
 
 
-def head_maps(statistics: AttentionStatistics, menu: Menu, size: Size) -> HeadMaps:
-    """Return the new bases of the heads that stay, cut to the chosen widths."""
-    heads, dense, found = list(menu.kept(size)), menu.sizes[0], {}
-    if size.qk_head_dim != dense.qk_head_dim:
-        bases = statistics.query_key_bases()
-        found |= {"query": bases.reduce[heads, : size.qk_head_dim], "key": bases.expand[heads, : size.qk_head_dim]}
-    if size.v_head_dim != dense.v_head_dim:
-        bases, _, _ = statistics.value_bases(tuple(heads))
-        found |= {"value": bases.reduce[:, : size.v_head_dim], "output": bases.expand[:, : size.v_head_dim]}
+def head_maps(
+    statistics: AttentionStatistics, heads: tuple[int, ...], qk_head_dim: int | None, v_head_dim: int | None
+) -> HeadMaps:
+    """Return new bases of the heads that stay, cut to new widths; None where a width stays."""
+    found: dict[str, torch.Tensor] = {}
+    if qk_head_dim is not None:
+        bases, kept = statistics.query_key_bases(), list(heads)
+        found |= {"query": bases.reduce[kept, :qk_head_dim], "key": bases.expand[kept, :qk_head_dim]}
+    if v_head_dim is not None:
+        bases, _, _ = statistics.value_bases(heads)
+        found |= {"value": bases.reduce[:, :v_head_dim], "output": bases.expand[:, :v_head_dim]}
     return HeadMaps(**found)
 
 
+def _new_widths(menu: Menu, size: Size) -> tuple[int | None, int | None]:
+    dense = menu.sizes[0]
+    qk = None if size.qk_head_dim == dense.qk_head_dim else size.qk_head_dim
+    return qk, None if size.v_head_dim == dense.v_head_dim else size.v_head_dim
+
+
 def _all_maps(attention: dict[int, AttentionStatistics], menus: list[Menu], sizes: list[Size]) -> dict[int, HeadMaps]:
-    return {m.layer: head_maps(attention[m.layer], m, s) for m, s in zip(menus, sizes, strict=True) if _narrows(m, s)}
+    return {
+        menu.layer: head_maps(attention[menu.layer], menu.kept(size), *_new_widths(menu, size))
+        for menu, size in zip(menus, sizes, strict=True)
+        if _narrows(menu, size)
+    }
 
 
 def make_plan(tower: Tower, menus: list[Menu], sizes: list[Size]) -> PruningPlan:

@@ -1,6 +1,5 @@
 """The subnetwork that pruning found: a folder with the plan, its origin, and the compensated tower."""
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +7,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from hf_opentrans._files import write_folder
 from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModel, SparseCLIPVisionModelWithProjection
 
-from .plan import PruningPlan
-from .tower import SparseModel, Tower
+from .matching import SourceWeights
+from .plan import PruningConfig, PruningPlan
+from .tower import Tower
+from .transfer import Source, TransferResult, transfer
 
 SCHEMA_VERSION = 1
 JSON_FILE, TENSOR_FILE = "subnetwork.json", "model.safetensors"
@@ -31,6 +33,7 @@ class Subnetwork:
         base_model: Name or path of the dense model.
         base_revision: Its commit on the Hub, if known.
         source_hashes: SHA-256 of every tensor of the dense tower.
+        source_samples: Some values of every tensor of the dense tower; empty in folders of older versions.
         calibration: Fingerprint, number of images, resolution and seed.
         budget: Unit, `keep`, dense and realised cost.
     """
@@ -43,6 +46,7 @@ class Subnetwork:
     source_hashes: dict[str, str] = field(repr=False)
     calibration: dict[str, Any]
     budget: dict[str, Any]
+    source_samples: dict[str, list[float]] = field(default_factory=dict, repr=False)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `subnetwork.json` and `model.safetensors`; an older subnetwork there is replaced as a whole."""
@@ -55,6 +59,7 @@ class Subnetwork:
             "vision_config": self.vision_config,
             "plan": self.plan.to_dict(),
             "source_hashes": self.source_hashes,
+            "source_samples": self.source_samples,
         }
         with write_folder(folder, marker=JSON_FILE) as target:
             save_file({k: v.contiguous().cpu() for k, v in self.tensors.items()}, target / TENSOR_FILE)
@@ -96,12 +101,54 @@ class Subnetwork:
             tower.projection.load_state_dict({"weight": projection})
         return model.eval()
 
+    def apply_to(
+        self,
+        target: PreTrainedModel,
+        images: Any = None,
+        *,
+        refit: bool = True,
+        prefix: str | None = None,
+        config: PruningConfig | None = None,
+        image_processor: Any = None,
+        drop_unused: bool = True,
+        inplace: bool = False,
+        progress: bool = False,
+    ) -> TransferResult:
+        """Put this subnetwork into a model that carries a CLIP vision tower of the same size.
 
-def hash_tensors(model: SparseModel) -> dict[str, str]:
-    """Return the SHA-256 of the bytes of every tensor of the vision tower, by canonical name."""
-    return {
-        name: hashlib.sha256(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-        for name, tensor in Tower.of(model).named_tensors().items()
-    }
+        Where the target's tower is the one that the subnetwork was made from (bit for bit, or but for rounding), its
+        compensated weights are taken over. Otherwise the plan is applied to the target's own weights, and, given
+        images, what stays is rebuilt on them in closed form.
+
+        Args:
+            target: `CLIPModel`, `CLIPVisionModel*`, `CLIPSegForImageSegmentation`, `OwlViTForObjectDetection`,
+                `Owlv2ForObjectDetection`, `LlavaForConditionalGeneration`, `GitForCausalLM`,
+                `VisionTextDualEncoderModel`, or any model with a CLIP tower at `prefix`.
+            images: Unlabelled images for the target: see `prune_model`. Used where the weights differ.
+            refit: Whether to rebuild where the weights differ.
+            prefix: Path of the tower in a class that is not known here.
+            config: Number of images, resolution, batch size and seed of the refit.
+            image_processor: The target's image processor, for the refit. Defaults to CLIP's mean and deviation.
+            drop_unused: Whether to drop the blocks that the target computes and never reads: the output stays.
+            inplace: Whether to change `target` itself; otherwise a copy. CLIP models are always copied: their class
+                changes.
+            progress: Whether to show a progress bar for the refit.
+
+        Raises:
+            TypeError: If there is no CLIP tower in the target, or its blocks are built otherwise (fused qkv).
+            ValueError: If its size differs, or it is pruned already.
+        """
+        source = Source(
+            self.plan, self.vision_config, self.tensors, SourceWeights(self.source_hashes, self.source_samples)
+        )
+        return transfer(
+            source,
+            target,
+            images if refit else None,
+            prefix=prefix,
+            config=config,
+            image_processor=image_processor,
+            drop_unused=drop_unused,
+            inplace=inplace,
+            progress=progress,
+        )

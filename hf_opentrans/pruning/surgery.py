@@ -139,6 +139,28 @@ def slice_model(
     return _build(type(sparse), model, _with_layers(sparse, overrides), state)
 
 
+def replace_tower(
+    model: PrunableModel, config: SparseCLIPVisionConfig, tensors: Mapping[str, torch.Tensor]
+) -> SparseModel:
+    """Return a copy of a CLIP model, of its sparse class, with another vision tower.
+
+    Args:
+        model: See `to_sparse`.
+        config: Of the new tower: its widths are taken, nothing else.
+        tensors: All its weights under canonical names, `visual_projection.weight` too where the model has one.
+    """
+    sparse = to_sparse(model)
+    values, state = sparse.config.to_dict(), sparse.state_dict()
+    vision = values.get("vision_config", values)
+    vision["per_layer_config"] = config.to_dict().get("per_layer_config")
+    vision["pruning_config"] = config.pruning_config
+    prefix = "" if isinstance(sparse, SparseCLIPVisionModel) else "vision_model."
+    for name, tensor in tensors.items():
+        key = name if name.startswith("visual_projection.") else prefix + name
+        state[key] = tensor.to(state[key]) if key in state else tensor
+    return _build(type(sparse), model, values, state)
+
+
 def _narrow_heads(
     state: dict[str, torch.Tensor],
     name: str,
@@ -285,6 +307,7 @@ __all__ = [
     "SparseCLIPConfig",
     "apply_masks",
     "plan_of_masks",
+    "replace_tower",
     "slice_model",
     "to_sparse",
     "unit_columns",

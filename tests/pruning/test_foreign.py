@@ -11,8 +11,8 @@ from hf_opentrans.pruning import foreign
 from hf_opentrans.pruning.allocation import Budget
 from hf_opentrans.pruning.foreign import torch_pruning_plan
 from hf_opentrans.pruning.macs import CountedCost, TowerCost, layer_widths
+from hf_opentrans.pruning.matching import hash_tensors
 from hf_opentrans.pruning.plan import LayerPlan, PruningConfig, PruningPlan
-from hf_opentrans.pruning.subnetwork import hash_tensors
 from hf_opentrans.pruning.surgery import apply_masks, slice_model, to_sparse
 from hf_opentrans.pruning.tower import Tower
 

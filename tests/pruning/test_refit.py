@@ -10,10 +10,10 @@ from torch.nn.functional import layer_norm
 from transformers import CLIPVisionModel
 
 from hf_opentrans.pruning.calibration import Calibration
+from hf_opentrans.pruning.matching import hash_tensors
 from hf_opentrans.pruning.plan import PruningPlan
 from hf_opentrans.pruning.reconstruction import RIDGES, oas_ridge
 from hf_opentrans.pruning.refit import CORP, LOCAL, MEAN_SHIFT_ONLY, SWEEP, Recipe, rebuild
-from hf_opentrans.pruning.subnetwork import hash_tensors
 from hf_opentrans.pruning.summary import realised_error
 from hf_opentrans.pruning.surgery import slice_model, to_sparse
 from hf_opentrans.pruning.tower import Tower

@@ -9,7 +9,7 @@ from transformers import CLIPVisionModel
 
 from hf_opentrans import PruningPlan, Subnetwork, slice_model
 from hf_opentrans.pruning import LayerPlan, to_sparse
-from hf_opentrans.pruning.subnetwork import hash_tensors
+from hf_opentrans.pruning.matching import hash_tensors
 from hf_opentrans.pruning.tower import Tower
 
 PLAN = PruningPlan((LayerPlan((1, 3), (5, 6)), LayerPlan((), (0,)), LayerPlan((0,), ())))
