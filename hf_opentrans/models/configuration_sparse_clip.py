@@ -133,6 +133,8 @@ class SparseCLIPConfig(_ReadsStockCLIP, CLIPConfig):
         segmentation_reduced (`bool`, *optional*):
             Whether the last block is cut down to its attention output (no residual, no MLP). Defaults to what was
             published for the mode: `False` for vanilla and sclip, `True` for the others.
+        segmentation_cut (`bool`, *optional*, defaults to `False`):
+            Whether the last block's MLP was dropped, because the mode does not read it. Other modes are then refused.
         segmentation_logit_scale (`float`, *optional*, defaults to 40.0):
             Factor on the cosines before the softmax over names (SCLIP and NACLIP use 40).
         segmentation_templates (`str`, *optional*, defaults to `"photo"`):
@@ -145,6 +147,7 @@ class SparseCLIPConfig(_ReadsStockCLIP, CLIPConfig):
 
     segmentation_mode: str = "naclip"
     segmentation_reduced: bool | None = None
+    segmentation_cut: bool = False
     segmentation_logit_scale: float | int = 40.0
     segmentation_templates: str = "photo"
 

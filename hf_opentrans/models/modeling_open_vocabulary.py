@@ -28,6 +28,7 @@ from .vocabulary import Vocabulary
 
 REMEMBERED_VOCABULARIES = 8
 NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
+_READS = {"vanilla": "qkv", "maskclip": "v", "sclip": "qkv", "clearclip": "qv", "naclip": "kv"}
 _PUBLISHED_REDUCED = {"vanilla": False, "maskclip": True, "sclip": False, "clearclip": True, "naclip": True}
 
 
@@ -115,7 +116,13 @@ class OpenVocabularyModel(SparseCLIPModel):
             reduced = self.config.segmentation_reduced
         if mode not in SEGMENTATION_MODES:
             raise ValueError(f"mode is {mode!r}. It must be one of {', '.join(SEGMENTATION_MODES)}.")
-        return mode, _PUBLISHED_REDUCED[mode] if reduced is None else reduced
+        reduced = _PUBLISHED_REDUCED[mode] if reduced is None else reduced
+        if self.config.segmentation_cut and not reduced:
+            raise ValueError(
+                f"mode is {mode!r} with the last block's MLP, which was dropped from this model because "
+                f"{self.config.segmentation_mode!r} does not read it. Use a reduced mode, or the uncut model."
+            )
+        return mode, reduced
 
     def _last_block(self, hidden: torch.Tensor, grid: tuple[int, int], mode: str, reduced: bool) -> torch.Tensor:
         layer = self._layers[-1]
@@ -149,21 +156,20 @@ class OpenVocabularyModel(SparseCLIPModel):
 
 def _attend(attention: SparseCLIPAttention, hidden: torch.Tensor, grid: tuple[int, int], mode: str) -> torch.Tensor:
     """Apply the block's own projections with the attention of `mode`; returns `(batch_size, tokens, hidden_size)`."""
-    q, k, v = attention.project(hidden)
+    # What a mode does not read is not computed.
+    *compared, v = attention.project(hidden, _READS[mode])
     scale = attention.scale
-    if mode == "vanilla":
-        output = scaled_dot_product_attention(q, k, v, scale=scale)
-    elif mode == "maskclip":
+    if mode == "maskclip":
         output = v
-    elif mode == "clearclip":
-        output = scaled_dot_product_attention(q, q, v, scale=scale)
-    elif mode == "sclip":
-        output = scaled_dot_product_attention(q, q, v, scale=scale) + scaled_dot_product_attention(
-            k, k, v, scale=scale
-        )
-    else:
+    elif mode == "vanilla":
+        q, k = compared
+        output = scaled_dot_product_attention(q, k, v, scale=scale)
+    elif mode == "naclip":
+        (k,) = compared
         bias = neighbour_bias(grid, device=v.device, dtype=v.dtype)
         output = scaled_dot_product_attention(k, k, v, attn_mask=bias, scale=scale)
+    else:  # clearclip: queries with queries; sclip: and keys with keys
+        output = cast("torch.Tensor", sum(scaled_dot_product_attention(x, x, v, scale=scale) for x in compared))
     return attention.merge_heads(output.transpose(1, 2))
 
 

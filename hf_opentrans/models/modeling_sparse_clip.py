@@ -104,13 +104,14 @@ class SparseCLIPAttention(CLIPAttention):
         width = max(part.shape[-1] for part in parts)
         return tuple(nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts)
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return queries, keys and values, each of shape `(batch_size, heads, tokens, head width)`."""
+    def project(self, hidden_states: torch.Tensor, parts: str = "qkv") -> tuple[torch.Tensor, ...]:
+        """Return queries, keys and values, each of shape `(batch_size, heads, tokens, head width)`.
+
+        `parts` names the wanted ones, in their order: "kv" computes keys and values alone.
+        """
         shape = (*hidden_states.shape[:-1], self.num_heads, -1)
-        return tuple(
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
+        return tuple(projections[part](hidden_states).view(shape).transpose(1, 2) for part in parts)
 
     def merge_heads(self, output: torch.Tensor) -> torch.Tensor:
         """Mask, concatenate and project head outputs of shape `(batch_size, tokens, heads, v_head_dim)`."""

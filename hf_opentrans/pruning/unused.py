@@ -1,4 +1,4 @@
-"""Blocks of a tower that its host computes and never reads: dropped, with the same output bit for bit."""
+"""Parts of a tower that its host computes and never reads: dropped, with the same output bit for bit."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -7,6 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
+from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.modeling_sparse_clip import SparseCLIPEncoderLayer
 
 from .hosts import HostTower
 
@@ -36,14 +38,17 @@ def drop_unused(model: PreTrainedModel, prefix: str | None = None) -> tuple[Cut,
     """Drop the blocks above the deepest one that the host reads, in place; the output stays the same.
 
     CLIPSeg reads the blocks in `extract_layers`; LLaVA reads `vision_feature_layer`. Other hosts read the last block.
+    A segmenter whose mode is reduced does not read the last block's MLP.
 
     Args:
-        model: A host of a CLIP tower.
+        model: A host of a CLIP tower, or a `DenseCLIPForSegmentation`.
         prefix: See `HostTower.of`.
 
     Returns:
         What was dropped; empty where everything is read.
     """
+    if isinstance(model, DenseCLIPForSegmentation):
+        return _drop_last_mlp(model)
     host = HostTower.of(model, prefix)
     depth, config = len(host.layers), cast("Any", model.config)
     read = deepest_read(model)
@@ -71,19 +76,54 @@ def drop_unused(model: PreTrainedModel, prefix: str | None = None) -> tuple[Cut,
     return (cut,)
 
 
+def _drop_last_mlp(model: DenseCLIPForSegmentation) -> tuple[Cut, ...]:
+    """Drop the MLP and its LayerNorm of the last block, where the model's own mode is reduced."""
+    config, layers = model.config, model.vision_model.encoder.layers
+    mode, reduced = model._resolve_mode(None, None)
+    last = cast("SparseCLIPEncoderLayer", layers[-1])
+    if not reduced or not last.has_mlp:
+        return ()
+    gone = (last.mlp, last.layer_norm2)
+    cut = Cut(
+        name=f"vision_model.encoder.layers.{len(layers) - 1}.mlp",
+        blocks=0,
+        params=sum(parameter.numel() for part in gone for parameter in part.parameters()),
+        of_params=sum(parameter.numel() for parameter in model.vision_model.parameters()),
+        reason=f"the mode {mode!r} reads the attention of the last block alone",
+        no_longer="Modes with the last block's MLP",
+    )
+    last.has_mlp = False
+    del last.mlp, last.layer_norm2
+    widths = _widths(config.vision_config)
+    skip = sorted({*widths.get(len(layers) - 1, {}).get("skip", ()), "mlp"})
+    widths[len(layers) - 1] = {**widths.get(len(layers) - 1, {}), "skip": skip}
+    _set_config(model.vision_model, config, per_layer_config=widths)
+    config.segmentation_cut = True
+    return (cut,)
+
+
+def _widths(config: Any) -> dict[int, dict[str, Any]]:
+    return {int(index): layer for index, layer in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def _set_config(tower: nn.Module, config: Any, **changes: Any) -> None:
+    """Replace a sparse tower's configuration in its host and in all of its modules."""
+    old = config.vision_config
+    values = {**old.to_dict(), **changes}
+    del values["model_type"]
+    new = SparseCLIPVisionConfig(**values)
+    new._attn_implementation = old._attn_implementation
+    config.vision_config = new
+    for module in tower.modules():
+        if isinstance(getattr(module, "config", None), SparseCLIPVisionConfig):
+            cast("Any", module).config = new
+
+
 def _shorten(host: HostTower, config: Any, depth: int) -> None:
     """Give a tower that its type builds the configuration of its first blocks."""
     if isinstance(config.vision_config, SparseCLIPVisionConfig):
-        values = config.vision_config.to_dict()
-        widths = {int(index): layer for index, layer in (values.pop("per_layer_config", None) or {}).items()}
-        del values["model_type"]
-        kept = {index: layer for index, layer in widths.items() if index < depth}
-        shorter = SparseCLIPVisionConfig(**{**values, "num_hidden_layers": depth, "per_layer_config": kept or None})
-        shorter._attn_implementation = config.vision_config._attn_implementation
-        config.vision_config = shorter
-        for module in host.tower.modules():
-            if isinstance(getattr(module, "config", None), SparseCLIPVisionConfig):
-                cast("Any", module).config = shorter
+        kept = {index: layer for index, layer in _widths(config.vision_config).items() if index < depth}
+        _set_config(host.tower, config, num_hidden_layers=depth, per_layer_config=kept or None)
     else:
         config.vision_config.num_hidden_layers = host.config.num_hidden_layers = depth
 

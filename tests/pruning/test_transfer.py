@@ -36,10 +36,19 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from hf_opentrans import PruningConfig, SparseCLIPModel, Subnetwork, load_transferred, prune_model, save_transferred
+from hf_opentrans import (
+    DenseCLIPForSegmentation,
+    PruningConfig,
+    SparseCLIPModel,
+    Subnetwork,
+    load_transferred,
+    prune_model,
+    save_transferred,
+)
 from hf_opentrans.models.image_loading import center_crop
 from hf_opentrans.pruning.hosts import HostTower
 from hf_opentrans.pruning.surgery import slice_model
+from hf_opentrans.pruning.unused import drop_unused
 
 TEXT: dict[str, Any] = {
     "vocab_size": 50,
@@ -336,6 +345,31 @@ def test_unused_blocks_are_dropped_bit_for_bit(tiny_clip, subnetwork, name, gone
     numbers = [sum(p.numel() for p in each.model.parameters()) for each in (whole, cut)]
     assert numbers[0] - numbers[1] == sum(each.params for each in cut.report.cuts)
     assert (cut.report.macs < whole.report.macs) == bool(gone)
+
+
+@pytest.mark.parametrize("mode", ["maskclip", "clearclip", "naclip"])
+def test_reduced_segmenters_lose_the_last_mlp_bit_for_bit(tiny_clip_folder, tmp_path, mode):
+    model = DenseCLIPForSegmentation.from_pretrained(tiny_clip_folder, segmentation_mode=mode)
+    pixels = torch.randn(2, 3, 24, 40)
+    with torch.no_grad():
+        before = model(pixels).dense_embeds
+    params = model.num_parameters()
+    (cut,) = drop_unused(model)
+    assert params - model.num_parameters() == cut.params == 32 * 64 * 2 + 64 + 32 + 64
+    model.save_pretrained(tmp_path / "cut")
+    loaded = DenseCLIPForSegmentation.from_pretrained(tmp_path / "cut")
+    with torch.no_grad():
+        assert torch.equal(model(pixels).dense_embeds, before)
+        torch.testing.assert_close(loaded(pixels).dense_embeds, before)
+    assert drop_unused(model) == ()
+    for each in (model, loaded):
+        with pytest.raises(ValueError, match=r"mode is 'sclip' with the last block's MLP, which was dropped"):
+            each(pixels, mode="sclip")
+
+
+def test_modes_that_read_the_last_mlp_keep_it(tiny_clip_folder):
+    model = DenseCLIPForSegmentation.from_pretrained(tiny_clip_folder, segmentation_mode="vanilla")
+    assert drop_unused(model) == ()
 
 
 def test_a_deeper_reading_drops_nothing(tiny_clip, subnetwork):
