@@ -38,7 +38,14 @@ results: $(VENV)/.demo
 	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark pruning $(MEASURED) --keep 0.57 --seeds 3 --ablation \
 		--json ablation-clip-scenes.json
 	$(BIN)/hf-opentrans benchmark scale --json $(SCENES)/pruning-scale.json
-	mv $(SCENES)/pruning-*.* $(SCENES)/ablation-clip-scenes.* model_cards/results/
+	$(BIN)/hf-opentrans scenes --output $(SCENES)/scenes --count 400 --val 100 --names 40 --seed 2
+	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark layer-selection --model clip-scenes --dataset scenes \
+		--resolution 80 --json layer-selection-clip-scenes.json
+	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark recovery --model clip-scenes --images calibration \
+		--json recovery-clip-scenes.json
+	mv $(SCENES)/pruning-*.* $(SCENES)/ablation-clip-scenes.* $(SCENES)/layer-selection-*.* \
+		$(SCENES)/recovery-*.* model_cards/results/
+	$(BIN)/hf-opentrans benchmark spectra --json model_cards/results/spectra-vit.json
 	$(BIN)/hf-opentrans benchmark latency --json model_cards/results/latency-vit-b16.json
 	$(BIN)/hf-opentrans benchmark tables README.md model_cards/*.md
 

@@ -119,8 +119,8 @@ class Study:
     def untrained(self, seeds: Sequence[int]) -> list[SelectionRow]:
         """Score the CLIP itself, without a head, on the classes of every seed."""
         names, samples = self.evaluate.class_names, folder_samples(self.evaluate)
-        options = {"resolution": self.side} | ({"mode": self.config.mode} if self.config.mode else {})
-        scores = evaluate_segmentation(self.clip, self.processor, samples, names, **options)
+        mode = self.config.mode
+        scores = evaluate_segmentation(self.clip, self.processor, samples, names, resolution=self.side, mode=mode)
         return [self._row(UNTRAINED, seed, scores.per_class_iou, scores.pixel_accuracy) for seed in seeds]
 
     def _row(self, rule: str, seed: int, ious: Sequence[float], pixel_accuracy: float) -> SelectionRow:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_opentrans.benchmark_recovery_tables import RecoveryRow, recovery_notes, recovery_table
 from hf_opentrans.benchmark_scale import ScaleRow, scale_table
 from hf_opentrans.benchmark_selection_tables import SelectionRow, StepTiming, selection_notes, selection_table
 from hf_opentrans.benchmark_spectra import SpectraRow, spectra_table
@@ -164,6 +165,9 @@ def result_table(values: dict[str, Any]) -> str:
         table = spectra_table([SpectraRow(**row) for row in rows])
     elif "rebuild_seconds" in rows[0]:
         table = scale_table([ScaleRow(**row) for row in rows])
+    elif "distill_seconds" in rows[0]:
+        recovered = [RecoveryRow(**row) for row in rows]
+        table, notes = recovery_table(recovered), recovery_notes(recovered)
     elif "method" in rows[0]:
         methods = [MethodRow(**row) for row in rows]
         table, notes = method_table(methods), method_notes(methods, values.get("skipped", ()))

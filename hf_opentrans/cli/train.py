@@ -1,7 +1,7 @@
-"""The commands `finetune`, `distill` and `benchmark layer-selection`: training, with masks and without."""
+"""The commands `finetune`, `distill`, `benchmark layer-selection` and `benchmark recovery`: training."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from hf_opentrans._distributed import is_main_process, start_processes
 from hf_opentrans._files import check_output_folder
 from hf_opentrans._optional import require
 from hf_opentrans.benchmark_plots import draw_selection
+from hf_opentrans.benchmark_recovery_tables import recovery_notes, recovery_table
 from hf_opentrans.benchmark_rows import fingerprint
 from hf_opentrans.benchmark_selection_tables import COST, QUALITY, selection_notes, selection_table
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
@@ -20,6 +21,7 @@ from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.loading import load_clip, load_segmenter
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.pruning.calibration import list_images
+from hf_opentrans.pruning.plan import PruningConfig
 from hf_opentrans.pruning.report import PruningReport
 
 # Not imported at the top: training needs an extra, and transformers' Trainer takes seconds.
@@ -195,6 +197,45 @@ def benchmark_layer_selection(
         picture = json_file.with_suffix(".png")
         draw_selection(results.rows, picture, title=title)
         out.print(f"Picture: {escape(str(picture))}", soft_wrap=True, highlight=False)
+
+
+@benchmark_app.command("recovery")
+@guarded
+def benchmark_recovery(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a dense CLIP with both towers, or 'clip-scenes'.")],
+    images: Annotated[Path, typer.Option(help="Folder of unlabelled images (searched recursively).")],
+    methods: Annotated[list[str] | None, typer.Option(help="Of pruning; default: obs magnitude random.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the MACs to keep.")] = 0.5,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the distillation.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 16,
+    resolution: Annotated[int | None, typer.Option(help="Side of the crops; default: image_size.")] = None,
+    num_images: Annotated[int, typer.Option(help="Most images that pruning calibrates on.")] = 256,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted up from the first.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here; go on from it.")] = None,
+) -> None:
+    """Prune by several methods and recover by distillation; fidelity before and after, steps and seconds."""
+    require("train", "accelerate")
+    from hf_opentrans.benchmark_recovery import RECOVERED, RecoveryFile, run_recovery
+    from hf_opentrans.training.recovery import DistillConfig
+
+    chosen = list(dict.fromkeys(methods or RECOVERED))
+    with usage():
+        pruning = PruningConfig(keep=keep, num_images=num_images, resolution=resolution)
+        for method in chosen:
+            replace(pruning, method=method)
+        training = DistillConfig(steps=steps, save_every=steps + 1, resolution=resolution, batch_size=batch_size)
+        settings = {"model": model, "keep": keep, "num_images": num_images, "files": fingerprint(images)}
+        results = RecoveryFile(json_file, settings | asdict(training), command_line())
+    loaded, found = load_clip(model), list_images(images)
+    if not isinstance(loaded.model, SparseCLIPModel):
+        raise TypeError(f"The model {model!r} has no text tower. It must be a whole CLIP. Give one with both towers.")
+    runs = [(method, number) for number in range(seed, seed + seeds) for method in chosen]
+    parts = (loaded.model, loaded.processor, found, pruning, training, runs, results)
+    run_recovery(*parts, say=_say, progress=shows_progress())
+    show_table(recovery_table(results.rows), title=f"{Path(model).name}: recovery by distillation")
+    for note in recovery_notes(results.rows):
+        out.print(escape(note), soft_wrap=True, highlight=False)
 
 
 def _read_config(path: Path | None, known: set[str]) -> dict[str, Any]:
