@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 
+from .models.auto_segmentation import AutoModelForOpenVocabularySegmentation
 from .models.configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
 from .models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
@@ -61,6 +62,7 @@ SparseCLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
+    "AutoModelForOpenVocabularySegmentation",
     "DeepLabV3PlusConfig",
     "DeepLabV3PlusForSegmentation",
     "DenseCLIPForSegmentation",

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     CLIP: CONFIGS,
     OPEN: f"{CONFIGS} {CLIP} models.vocabulary",
     MODELINGS: f"{CONFIGS} {CLIP} {OPEN} models.vocabulary",  # never each other
+    "models.auto_segmentation": f"{CONFIGS} {MODELINGS}",
     "models.vocabulary": TEXT,
     "models.processing_*": f"{TEXT} models.segmentation_result {MODELINGS}",
     "models.segmenting": "models.*",
