@@ -3,8 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 
 from .models.auto_segmentation import AutoModelForOpenVocabularySegmentation
+from .models.configuration_clip_resnet import CLIPResNetVisionConfig
 from .models.configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
+from .models.modeling_clip_resnet import CLIPResNetVisionModel
 from .models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from .models.modeling_dense_clip import DenseCLIPForSegmentation
 from .models.modeling_open_vocabulary import OpenVocabularySegmenterOutput
@@ -48,7 +50,11 @@ from .spectra import (
 
 __version__ = "0.1.0"
 
-for _config, _model in ((SparseCLIPVisionConfig, SparseCLIPVisionModel), (SparseCLIPConfig, SparseCLIPModel)):
+for _config, _model in (
+    (SparseCLIPVisionConfig, SparseCLIPVisionModel),
+    (SparseCLIPConfig, SparseCLIPModel),
+    (CLIPResNetVisionConfig, CLIPResNetVisionModel),
+):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     _config.register_for_auto_class()
@@ -63,6 +69,8 @@ DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentati
 
 __all__ = [
     "AutoModelForOpenVocabularySegmentation",
+    "CLIPResNetVisionConfig",
+    "CLIPResNetVisionModel",
     "DeepLabV3PlusConfig",
     "DeepLabV3PlusForSegmentation",
     "DenseCLIPForSegmentation",
