@@ -1,6 +1,7 @@
 """The commands `finetune` and `distill`: what they train, write and say, how they go on, and what they refuse."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_selected_layers_and_head_train_and_everything_is_saved(tmp_path, base):
     assert all(name.startswith(allowed) for name in changed)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, base, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, base, tiny_clip_folder, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*base, "--output", whole)[0] == 0
     train = SegmentationTrainer.train
@@ -98,6 +99,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, base, monkeypatch):
     assert parts.with_name("parts.checkpoints").is_dir()
     code, _, error = run(*base, "--learning-rate", 0.5, "--output", parts, "--resume")
     assert (code, "had another learning_rate (0.001, now 0.5)" in error) == (FAILURE, True), error
+    other = SparseCLIPModel.from_pretrained(tiny_clip_folder)
+    with torch.no_grad():
+        other.vision_model.encoder.layers[1].mlp.fc1.weight.add_(1)
+    shutil.copytree(tiny_clip_folder, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    changed = [tmp_path / "other" if argument == tiny_clip_folder else argument for argument in base]
+    code, _, error = run(*changed, "--output", parts, "--resume")
+    assert (code, "began with another model" in error) == (FAILURE, True), error
     code, _, error = run(*base, "--output", parts, "--resume")
     assert code == 0, error
     first, second = weights(whole), weights(parts)

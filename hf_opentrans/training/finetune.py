@@ -142,7 +142,7 @@ def finetune(
             f"Training has {len(train.class_names)} classes and evaluation {len(evaluate.class_names)}, or in another "
             "order. Both must be the same. Give two splits of one data set."
         )
-    last = find_checkpoint(checkpoints, config, resume)
+    last = find_checkpoint(checkpoints, config, resume, clip)
     ready = prepare(
         clip,
         processor,

@@ -88,7 +88,7 @@ def distill(
         raise ValueError(
             f"There are {len(images)} images. Distillation trains on some and scores on others. Give more."
         )
-    last = find_checkpoint(checkpoints_of(target), config, resume)
+    last = find_checkpoint(checkpoints_of(target), config, resume, student, teacher)
     student.vision_model.requires_grad_(True)
     student.visual_projection.requires_grad_(True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)).tolist()

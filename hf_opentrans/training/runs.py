@@ -1,5 +1,6 @@
 """What every training command shares: checkpoints beside the output, Trainer's arguments, and how a run is saved."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -17,7 +19,7 @@ from hf_opentrans._files import write_folder, write_json
 
 REPORT_FILE, SELECTION_FILE = "training_report.json", "selection.json"
 PRECISIONS = ("float32", "bf16", "fp16")
-_RECORD = "config.json"
+_RECORD, _MODEL = "config.json", "model_fingerprint"
 
 
 @dataclass(frozen=True)
@@ -102,28 +104,46 @@ def checkpoints_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.checkpoints")
 
 
-def find_checkpoint(folder: Path, config: Any, resume: bool) -> str | None:
+def model_fingerprint(*models: nn.Module) -> str:
+    """Return a short hash of names, shapes and some values of all weights: other weights give another."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            flat = tensor.detach().flatten()
+            index = torch.linspace(0, max(flat.numel() - 1, 0), min(16, flat.numel())).round().long()
+            values = flat[index.to(flat.device)].double().tolist()
+            digest.update(f"{name} {tuple(tensor.shape)} {values}".encode())
+    return digest.hexdigest()[:16]
+
+
+def find_checkpoint(folder: Path, config: Any, resume: bool, *models: nn.Module) -> str | None:
     """Return the last checkpoint of a run to resume; for a new run, empty the folder and note the configuration.
 
     Args:
         folder: Of `checkpoints_of`.
         config: A dataclass; the run to resume must have had the same.
         resume: Which of the two.
+        *models: That the run begins with; the run to resume must have begun with the same.
 
     Raises:
-        ValueError: If there is nothing to resume, or the run had another configuration.
+        ValueError: If there is nothing to resume, or the run had another configuration or began with other models.
     """
-    record = folder / _RECORD
+    record, values = folder / _RECORD, {**asdict(config), _MODEL: model_fingerprint(*models)}
     if not resume:
         if is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
-            write_json(record, asdict(config))
+            write_json(record, values)
         wait_for_all()
         return None
     last = get_last_checkpoint(str(folder)) if record.is_file() else None
     if last is None:
         raise ValueError(f"There is no checkpoint in {str(folder)!r}. A run to resume needs one. Leave --resume out.")
     before = json.loads(record.read_text(encoding="utf-8"))
+    if before.get(_MODEL) != values[_MODEL]:
+        raise ValueError(
+            f"The run in {str(folder)!r} began with another model: its weights differ. A run goes on as it began. "
+            "Give the same model, or start anew without --resume."
+        )
     changed = [name for name, value in asdict(config).items() if before.get(name) != value]
     if changed:
         raise ValueError(
