@@ -3,9 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 
 from .models.auto_segmentation import AutoModelForOpenVocabularySegmentation
+from .models.configuration_catseg import CATSegConfig
 from .models.configuration_clip_resnet import CLIPResNetVisionConfig
 from .models.configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
+from .models.modeling_catseg import CATSegForSegmentation
 from .models.modeling_clip_resnet import CLIPResNetVisionModel
 from .models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from .models.modeling_dense_clip import DenseCLIPForSegmentation
@@ -59,16 +61,22 @@ for _config, _model in (
     AutoModel.register(_config, _model)
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
-AutoConfig.register(DeepLabV3PlusConfig.model_type, DeepLabV3PlusConfig)
+for _config, _model in (
+    (DeepLabV3PlusConfig, DeepLabV3PlusForSegmentation),
+    (CATSegConfig, CATSegForSegmentation),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForSemanticSegmentation.register(_config, _model)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForSemanticSegmentation")
 AutoModelForSemanticSegmentation.register(SparseCLIPConfig, DenseCLIPForSegmentation)
-AutoModelForSemanticSegmentation.register(DeepLabV3PlusConfig, DeepLabV3PlusForSegmentation)
-DeepLabV3PlusConfig.register_for_auto_class()
-DeepLabV3PlusForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 SparseCLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
     "AutoModelForOpenVocabularySegmentation",
+    "CATSegConfig",
+    "CATSegForSegmentation",
     "CLIPResNetVisionConfig",
     "CLIPResNetVisionModel",
     "DeepLabV3PlusConfig",

@@ -17,8 +17,12 @@ from transformers import initialization as init
 
 from .configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .configuration_sparse_clip import SparseCLIPVisionConfig
-from .modeling_open_vocabulary import OpenVocabularyModel, OpenVocabularySegmenterOutput, text_embeddings_of
-from .modeling_sparse_clip import SparseCLIPModel
+from .modeling_open_vocabulary import (
+    OpenVocabularyModel,
+    OpenVocabularySegmenterOutput,
+    check_labels,
+    text_embeddings_of,
+)
 from .vocabulary import Vocabulary
 
 MOST_GROUPS = 16
@@ -107,30 +111,6 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_text()
         return loaded
 
-    @classmethod
-    def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> "DeepLabV3PlusForSegmentation":
-        """Put a new decoder on a CLIP, dense or pruned.
-
-        Args:
-            clip: A [`SparseCLIPModel`] or a segmenter made of one; not changed.
-            **options: Fields of [`DeepLabV3PlusConfig`]: `decoder_channels`, `atrous_rates`, ...
-        """
-        values = clip.config.to_dict()
-        for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
-            values.pop(name, None)
-        config = DeepLabV3PlusConfig(**{**values, **options})
-        model = cls(config).to(device=clip.device, dtype=clip.dtype)  # pyright: ignore[reportCallIssue]
-        tower = {name: value for name, value in clip.state_dict().items() if not name.startswith("head.")}
-        missing, unexpected = model.load_state_dict(tower, strict=False)
-        lost = [name for name in missing if not name.startswith("head.")]
-        if lost or unexpected:
-            raise ValueError(
-                f"The {type(clip).__name__} does not fit: {len(lost)} weights are missing ({lost[:2]}), "
-                f"{len(unexpected)} are foreign ({unexpected[:2]}). Give a SparseCLIPModel."
-            )
-        model.config.name_or_path = clip.config.name_or_path
-        return model
-
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
         self,
         pixel_values: torch.Tensor,
@@ -204,23 +184,10 @@ def _double(features: torch.Tensor) -> torch.Tensor:
 
 
 def _cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    if logits is None:
-        raise ValueError("There are labels and no text. The loss compares pixels with names. Pass text_embeddings.")
-    counted = labels[labels != ignore_index]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[1]:
-        raise ValueError(
-            f"Labels reach from {int(counted.min())} to {int(counted.max())}. They must lie in [0, "
-            f"{logits.shape[1] - 1}], one for each name, or be ignore_index={ignore_index}. Correct the masks or the "
-            "vocabulary."
-        )
-    if labels.ndim != 3 or len(labels) != len(logits):
-        raise ValueError(
-            f"labels have the shape {tuple(labels.shape)}. They must be (batch_size, height, width) with batch_size "
-            f"{len(logits)}. Correct them."
-        )
+    logits, counted = check_labels(logits, labels, ignore_index)
     full = interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
     total = cross_entropy(full, labels.long(), ignore_index=ignore_index, reduction="sum")
-    return total / max(counted.numel(), 1)  # a batch without labels has no loss, not NaN
+    return total / max(counted, 1)  # a batch without labels has no loss, not NaN
 
 
 __all__ = ["DeepLabV3PlusForSegmentation"]

@@ -14,19 +14,21 @@ This file travels with checkpoints as remote code.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers.utils.generic import ModelOutput
 
-from .configuration_sparse_clip import SEGMENTATION_MODES
+from .configuration_sparse_clip import SEGMENTATION_MODES, SparseCLIPConfig
 from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPEncoderLayer, SparseCLIPModel
 from .vocabulary import Vocabulary
 
 REMEMBERED_VOCABULARIES = 8
+# Keys of a configuration that belong to one saved model, not to the architecture.
+_PER_FILE_KEYS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
 _READS = {"vanilla": "qkv", "maskclip": "v", "sclip": "qkv", "clearclip": "qv", "naclip": "kv"}
 _PUBLISHED_REDUCED = {"vanilla": False, "maskclip": True, "sclip": False, "clearclip": True, "naclip": True}
@@ -57,6 +59,36 @@ class OpenVocabularyModel(SparseCLIPModel):
     """A CLIP that segments: it turns a vocabulary into text embeddings, and images into dense ones."""
 
     main_input_name = "pixel_values"
+
+    @classmethod
+    def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> Self:
+        """Put this class's head, with new weights, on a CLIP.
+
+        Args:
+            clip: A [`SparseCLIPModel`], dense or pruned, or a segmenter made of one; not changed.
+            **options: Fields of the class's configuration: `decoder_channels`, `segmentation_mode`, ...
+
+        Raises:
+            ValueError: If the weights do not fit.
+        """
+        values, foreign = clip.config.to_dict(), set(_PER_FILE_KEYS)
+        if type(clip.config) is not cls.config_class:  # another head may have options of the same name
+            own, shared = (
+                {item.name for item in fields(cast("Any", kind))} for kind in (type(clip.config), SparseCLIPConfig)
+            )
+            foreign |= own - shared
+        config = cast("Any", cls.config_class)(**{**{n: v for n, v in values.items() if n not in foreign}, **options})
+        model = cls(config).to(device=clip.device, dtype=clip.dtype)  # pyright: ignore[reportCallIssue]
+        tower = {name: value for name, value in clip.state_dict().items() if not name.startswith("head.")}
+        missing, unexpected = model.load_state_dict(tower, strict=False)
+        lost = [name for name in missing if not name.startswith("head.")]
+        if lost or unexpected:
+            raise ValueError(
+                f"The {type(clip).__name__} does not fit: {len(lost)} weights are missing ({lost[:2]}), "
+                f"{len(unexpected)} are foreign ({unexpected[:2]}). Give a SparseCLIPModel."
+            )
+        model.config.name_or_path = clip.config.name_or_path
+        return model
 
     def encode_vocabulary(self, vocabulary: Vocabulary, tokenizer: Any) -> Vocabulary:
         """Return `vocabulary` with the text embeddings of this model; remembers the last vocabularies it encoded."""
@@ -201,6 +233,34 @@ def text_embeddings_of(vocabulary: Vocabulary | None, text_embeddings: torch.Ten
             "Call model.encode_vocabulary(vocabulary, tokenizer)."
         )
     return vocabulary.text_embeddings
+
+
+def check_labels(logits: torch.Tensor | None, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
+    """Return the logits, and how many pixels count.
+
+    Args:
+        logits: Of shape `(batch_size, queries, height, width)`.
+        labels: Index of the query of every pixel, `(batch_size, label_height, label_width)`.
+        ignore_index: Label of pixels that do not count.
+
+    Raises:
+        ValueError: If there are no logits, a label is outside of the queries, or the shapes do not belong together.
+    """
+    if logits is None:
+        raise ValueError("There are labels and no text. The loss compares pixels with names. Pass text_embeddings.")
+    counted = labels[labels != ignore_index]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[1]:
+        raise ValueError(
+            f"Labels reach from {int(counted.min())} to {int(counted.max())}. They must lie in [0, "
+            f"{logits.shape[1] - 1}], one for each name, or be ignore_index={ignore_index}. Correct the masks or the "
+            "vocabulary."
+        )
+    if labels.ndim != 3 or len(labels) != len(logits):
+        raise ValueError(
+            f"labels have the shape {tuple(labels.shape)}. They must be (batch_size, height, width) with batch_size "
+            f"{len(logits)}. Correct them."
+        )
+    return logits, counted.numel()
 
 
 __all__ = ["OpenVocabularyModel", "OpenVocabularySegmenterOutput"]

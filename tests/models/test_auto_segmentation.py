@@ -5,6 +5,7 @@ from transformers import BertConfig
 
 from hf_opentrans import (
     AutoModelForOpenVocabularySegmentation,
+    CATSegForSegmentation,
     DeepLabV3PlusForSegmentation,
     DenseCLIPForSegmentation,
     SparseCLIPModel,
@@ -25,6 +26,7 @@ def test_saved_segmenters_come_back_as_what_they_were(tmp_path, tiny_clip_folder
         "clip": (clip, DenseCLIPForSegmentation),
         "dense": (DenseCLIPForSegmentation.from_pretrained(tiny_clip_folder), DenseCLIPForSegmentation),
         "deeplab": (DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL), DeepLabV3PlusForSegmentation),
+        "catseg": (CATSegForSegmentation.from_clip(clip, cost_channels=16), CATSegForSegmentation),
     }
     for name, (model, kind) in made.items():
         model.save_pretrained(tmp_path / name)
