@@ -20,8 +20,8 @@ from hf_opentrans.benchmark_selection_tables import BASE, FULL, UNTRAINED, Selec
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU
 from hf_opentrans.evaluation import evaluate_segmentation, folder_samples
-from hf_opentrans.models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.training.finetune import FinetuneConfig, ReadyToTrain, class_embeddings, prepare
 from hf_opentrans.training.segmentation import SegmentationDataset
@@ -131,7 +131,7 @@ class Study:
         return SelectionRow(rule, seed, means[0], means[1], pixel_accuracy, seen_classes=names)
 
     @torch.inference_mode()
-    def _score(self, model: DeepLabV3PlusForSegmentation) -> tuple[tuple[float, ...], float]:
+    def _score(self, model: OpenVocabularyModel) -> tuple[tuple[float, ...], float]:
         names, device = self.evaluate.class_names, model.device
         text = class_embeddings(model, names, self.processor.tokenizer).to(device)
         dataset = SegmentationDataset(

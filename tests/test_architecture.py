@@ -17,6 +17,7 @@ PACKAGE = REPOSITORY / "hf_opentrans"
 # a package is its __init__ and "." is the root. No row lists the cli but its own.
 CONFIGS, MODELINGS = "models.configuration_*", "models.modeling_*"
 CLIP, OPEN = "models.modeling_sparse_clip", "models.modeling_open_vocabulary"
+QUERIES = "models.modeling_mask_queries"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
 ALL_BUT_CLI = "_* models* data* pruning* spectra* training* loading evaluation benchmark* demo*"
 MAY_IMPORT = {
@@ -27,7 +28,8 @@ MAY_IMPORT = {
     CONFIGS: CONFIGS,
     CLIP: CONFIGS,
     OPEN: f"{CONFIGS} {CLIP} models.vocabulary",
-    MODELINGS: f"{CONFIGS} {CLIP} {OPEN} models.vocabulary",  # never each other
+    QUERIES: f"{CONFIGS} {CLIP} {OPEN} models.vocabulary",
+    MODELINGS: f"{CONFIGS} {CLIP} {OPEN} {QUERIES} models.vocabulary",  # never each other
     "models.auto_segmentation": f"{CONFIGS} {MODELINGS}",
     "models.vocabulary": TEXT,
     "models.processing_*": f"{TEXT} models.segmentation_result {MODELINGS}",

@@ -8,7 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_opentrans import DeepLabV3PlusForSegmentation, LayerSelection, PruningReport, SparseCLIPModel
+from hf_opentrans import (
+    AutoModelForOpenVocabularySegmentation,
+    CATSegForSegmentation,
+    DeepLabV3PlusForSegmentation,
+    LayerSelection,
+    PruningReport,
+    SparseCLIPModel,
+)
 from hf_opentrans.cli import app
 from hf_opentrans.loading import load_clip
 from hf_opentrans.training import SegmentationTrainer
@@ -113,6 +120,36 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, base, tiny_clip_fol
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.parametrize("select", ["own", "alpha", "full", "head"])
+@pytest.mark.parametrize("mode", ["vanilla", "naclip"])
+def test_cost_aggregation_trains_what_is_asked_for(tmp_path, base, tiny_clip_folder, select, mode):
+    options = tmp_path / "options.json"
+    head = {"cost_channels": 8, "decoder_channels": [8, 8], "guidance_channels": 8, "text_guidance_channels": 8}
+    values = {"head_options": {**head, "aggregation_blocks": 1}, "mode": mode, "steps": 2, "batch_size": 2}
+    options.write_text(json.dumps(values))
+    output = tmp_path / "out"
+    more = ["--framework", "catseg", "--config", options, "--select", select, "--output", output]
+    code, _, error = run(*base, *more)
+    assert code == 0, error
+    model = AutoModelForOpenVocabularySegmentation.from_pretrained(output)
+    assert type(model) is CATSegForSegmentation
+    assert model.config.segmentation_mode == mode
+    tower = SparseCLIPModel.from_pretrained(tiny_clip_folder).state_dict()
+    trained = model.state_dict()
+    changed = {name for name, value in tower.items() if not torch.equal(value, trained[name])}
+    assert all(name.startswith("vision_model.") for name in changed)
+    names = {name.rpartition(".")[0].rpartition(".")[2] for name in changed}
+    if select == "own":
+        assert names == {"q_proj", "v_proj"}
+    elif select == "head":
+        assert not names
+    else:
+        assert {"fc1"} <= names
+    unread = "vision_model.encoder.layers.2.self_attn.q_proj.weight"
+    if mode == "naclip":  # nothing reads it, so nothing may change it, weight decay neither
+        assert unread not in changed
+
+
 def test_low_rank_updates_are_merged(tmp_path, base, tiny_clip_folder):
     output, figures = tmp_path / "out", tmp_path / "figures.json"
     code, _, error = run(*base, "--select", "lora", "--output", output, "--json", figures)
@@ -175,10 +212,10 @@ def test_mixed_precision_trains(tmp_path, base):
 @pytest.mark.parametrize(
     ("options", "message", "exit_code"),
     [
-        (["--select", "best"], "select is 'best'. It must be one of full, head, lora, alpha", USAGE),
+        (["--select", "best"], "select is 'best'. It must be one of full, head, own, lora, alpha", USAGE),
         (["--fraction", 0], "fraction is 0.0. It must lie in (0, 1]", USAGE),
         (["--steps", 0], "steps is 0. It must be positive", USAGE),
-        (["--framework", "fcclip"], "framework is 'fcclip'. It must be one of deeplabv3plus", USAGE),
+        (["--framework", "fcclip"], "framework is 'fcclip'. It must be one of deeplabv3plus, catseg", USAGE),
         (["--split", "test"], "There is no split 'test'", FAILURE),
         (["--resume"], "There is no checkpoint", FAILURE),
     ],

@@ -3,9 +3,9 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,7 +15,9 @@ from hf_opentrans._files import check_output_folder
 from hf_opentrans._optional import require
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
+from hf_opentrans.models.modeling_catseg import CATSegForSegmentation
 from hf_opentrans.models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
+from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.vocabulary import Vocabulary
 from hf_opentrans.spectra.cost import TrainingCost, training_cost
@@ -32,8 +34,11 @@ from hf_opentrans.spectra.selection import (
 from .runs import REPORT_FILE, SELECTION_FILE, Schedule, checkpoints_of, find_checkpoint, save_run
 from .segmentation import SegmentationDataset, SegmentationTrainer
 
-FRAMEWORKS = ("deeplabv3plus",)
-EVERYTHING, HEAD, LORA = "full", "head", "lora"
+FRAMEWORKS: dict[str, type[OpenVocabularyModel]] = {
+    "deeplabv3plus": DeepLabV3PlusForSegmentation,
+    "catseg": CATSegForSegmentation,
+}
+EVERYTHING, HEAD, LORA, OWN = "full", "head", "lora", "own"
 TOWER = r"vision_model\..*"
 
 
@@ -42,18 +47,21 @@ class FinetuneConfig(Schedule):
     """How to train.
 
     Args:
-        framework: What is put on the CLIP: "deeplabv3plus".
+        framework: What is put on the CLIP: "deeplabv3plus" or "catseg".
         select: Which layers of the vision tower train beside the head: a rule of `select_layers`, "full" for all of
-            the tower, "head" for none, or "lora" for low-rank updates of all its linear layers (PEFT), which are
-            merged at the end.
+            the tower, "head" for none, "own" for what the framework's paper trains (CAT-Seg: queries and values;
+            DeepLabV3+: all), or "lora" for low-rank updates of all its linear layers (PEFT), which are merged at the
+            end.
         fraction: Share of the layers that a rule trains, in (0, 1].
         granularity: "module" or "block".
         gradient_batches: Batches that the rules "gradient" and "gain_per_cost" look at.
         tower_rate: Learning rate of the tower / that of the head. Defaults to 0.1, and to 1 for "lora".
         lora_rank: Rank of the updates of "lora".
         resolution: Side of the crops in pixels; the CLIP's own where it is None.
-        decoder_channels: Width of the decoder.
-        clip_residual: Whether the decoder adds to CLIP's own dense embedding, or learns it from scratch.
+        decoder_channels: Width of the decoder of DeepLabV3+.
+        clip_residual: Whether the head adds to CLIP's own dense embedding (CAT-Seg: to its cosines), and begins with
+            adding nothing; otherwise it learns them from scratch.
+        head_options: More fields of the framework's configuration, such as `cost_channels`.
         mode: How CLIP's last block is read for it (`SparseCLIPConfig.segmentation_mode`). Defaults to the model's.
 
     All fields of `Schedule` too; `learning_rate` is that of the head.
@@ -72,11 +80,16 @@ class FinetuneConfig(Schedule):
     resolution: int | None = None
     decoder_channels: int = 256
     clip_residual: bool = True
+    head_options: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"framework": FRAMEWORKS, "select": (EVERYTHING, HEAD, LORA, *RULES), "granularity": GRANULARITIES}
+        choices = {
+            "framework": FRAMEWORKS,
+            "select": (EVERYTHING, HEAD, OWN, LORA, *RULES),
+            "granularity": GRANULARITIES,
+        }
         choices |= {"mode": (None, *SEGMENTATION_MODES)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -86,6 +99,7 @@ class FinetuneConfig(Schedule):
         for name in ("tower_rate", "lora_rank", "decoder_channels", "gradient_batches"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
+        _head_options(self)
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class FinetuneResult:
         report: Configuration, scores before and after, training cost beside that of full fine-tuning, seconds.
     """
 
-    model: DeepLabV3PlusForSegmentation
+    model: OpenVocabularyModel
     selection: LayerSelection | None
     report: dict[str, Any]
 
@@ -192,7 +206,7 @@ class ReadyToTrain:
         merge: Puts low-rank updates into the layers that they belong to; to be called after training.
     """
 
-    model: DeepLabV3PlusForSegmentation
+    model: OpenVocabularyModel
     trainer: SegmentationTrainer
     selection: LayerSelection | None
     costs: dict[str, TrainingCost]
@@ -225,11 +239,8 @@ def prepare(
         progress: Whether Trainer shows its bar.
     """
     torch.manual_seed(config.seed)
-    options: dict[str, Any] = {"decoder_channels": config.decoder_channels, "clip_residual": config.clip_residual}
-    if config.mode is not None:
-        options |= {"segmentation_mode": config.mode, "segmentation_reduced": None}
-    model = DeepLabV3PlusForSegmentation.from_clip(clip, **options)
-    side = config.resolution or int(model.vision_model.config.image_size)  # pyright: ignore[reportArgumentType]
+    model: Any = FRAMEWORKS[config.framework].from_clip(clip, **_head_options(config))
+    side = config.resolution or int(model.vision_model.config.image_size)
     datasets = [
         SegmentationDataset(
             folder,
@@ -243,19 +254,56 @@ def prepare(
     ]
     text = class_embeddings(model, datasets[0].class_names, processor.tokenizer)
     batches = _batches(datasets[0], config, text)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.vision_model.requires_grad_(True)
     costs = {"full": training_cost(model, batches[0])}  # the text tower never trains
+    if config.select == OWN:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
     on_stage(f"Selecting layers by {config.select!r}")
     selection, merge = _select(model, config, batches, pruning_report)
+    _freeze_unread(model, batches[0])
     costs["selected"] = training_cost(model, batches[0])
     trainer = _trainer(model, config, checkpoints, text, datasets, progress)
     return ReadyToTrain(model, trainer, selection, costs, merge)
 
 
-def class_embeddings(
-    model: DeepLabV3PlusForSegmentation, class_names: tuple[str, ...], tokenizer: Any
-) -> torch.Tensor:
+def _head_options(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the fields of the framework's configuration.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    kind = FRAMEWORKS[config.framework]
+    known = {item.name for item in fields(cast("Any", kind.config_class))}
+    unknown = sorted(set(config.head_options) - known)
+    if unknown:
+        raise ValueError(
+            f"head_options holds {', '.join(unknown)}. {cast('Any', kind.config_class).__name__} has no such field. "
+            "Correct it."
+        )
+    if config.framework == "deeplabv3plus":
+        options = {"decoder_channels": config.decoder_channels, "clip_residual": config.clip_residual}
+    else:
+        options = {"cost_residual": config.clip_residual}
+    if config.mode is not None:
+        options |= {"segmentation_mode": config.mode, "segmentation_reduced": None}
+    return options | config.head_options
+
+
+def _freeze_unread(model: OpenVocabularyModel, batch: dict[str, torch.Tensor]) -> None:
+    """Freeze what no gradient reaches, such as queries that the mode does not read: several processes wait for it."""
+    moved = {name: value.to(model.device) for name, value in batch.items()}
+    cast("Any", model)(**moved).loss.backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+
+
+def class_embeddings(model: OpenVocabularyModel, class_names: tuple[str, ...], tokenizer: Any) -> torch.Tensor:
     """Return one unit embedding per class, the mean over its aliases, of shape `(classes, dim)`."""
-    vocabulary = Vocabulary(class_names, templates=model.config.segmentation_templates)
+    vocabulary = Vocabulary(class_names, templates=cast("Any", model.config).segmentation_templates)
     encoded = model.eval().encode_vocabulary(vocabulary, tokenizer)
     queries, owners = encoded.text_embeddings, encoded.query_to_class
     if queries is None:
@@ -275,13 +323,13 @@ def _batches(dataset: Dataset[Any], config: FinetuneConfig, text: torch.Tensor) 
 
 
 def _select(
-    model: DeepLabV3PlusForSegmentation,
+    model: OpenVocabularyModel,
     config: FinetuneConfig,
     batches: list[dict[str, torch.Tensor]],
     pruning_report: Any,
 ) -> tuple[LayerSelection | None, Callable[[], object]]:
     """Freeze what shall not train; return the selection, and what to call after training."""
-    if config.select == EVERYTHING:
+    if config.select in (EVERYTHING, OWN):
         return None, int
     if config.select == HEAD:
         model.vision_model.requires_grad_(False)
@@ -302,7 +350,7 @@ def _select(
     return selection, int
 
 
-def _add_lora(model: DeepLabV3PlusForSegmentation, config: FinetuneConfig) -> Callable[[], object]:
+def _add_lora(model: OpenVocabularyModel, config: FinetuneConfig) -> Callable[[], object]:
     """Put PEFT's low-rank updates on all linear layers of the tower, in place; return what merges them."""
     require("train", "peft")
     from peft import LoraConfig, LoraModel
@@ -310,12 +358,12 @@ def _add_lora(model: DeepLabV3PlusForSegmentation, config: FinetuneConfig) -> Ca
     names = [name for name, layer in find_layers(model, TOWER).items() if "conv" not in layer.type]
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=exactly(names))
     tuner: Any = LoraModel(model, lora, "default")
-    model.head.requires_grad_(True)
+    cast("Any", model).head.requires_grad_(True)
     return tuner.merge_and_unload
 
 
 def _trainer(
-    model: DeepLabV3PlusForSegmentation,
+    model: OpenVocabularyModel,
     config: FinetuneConfig,
     checkpoints: Path,
     text: torch.Tensor,

@@ -1,0 +1,323 @@
+"""FC-CLIP on a frozen CLIP vision transformer: mask queries, classified twice.
+
+Yu et al. 2023 (arXiv 2308.02487) on a plain transformer: the pyramid reads four layers of the tower, which also gives
+the dense map (see `modeling_open_vocabulary`) for the out-of-vocabulary classifier. The tower and the text are never
+trained, so `encode` can be run once per image and its result be kept. This file travels with checkpoints as remote code.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import initialization as init
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerMLPPredictionHead
+
+from .configuration_fcclip import FCCLIPConfig
+from .configuration_sparse_clip import SparseCLIPVisionConfig
+from .modeling_mask_queries import (
+    MaskQueriesLoss,
+    MaskQueriesOutput,
+    MaskQueryDecoder,
+    MaskTargets,
+    TextClasses,
+    hard_mask_pool,
+    instance_targets,
+    mask2former_config,
+    semantic_logits,
+    semantic_targets,
+    text_classes,
+)
+from .modeling_open_vocabulary import OpenVocabularyModel
+from .modeling_sparse_clip import SparseCLIPModel
+from .vocabulary import Vocabulary
+
+INITIAL_SCALE = 1 / 0.07  # CLIP's own at the start of its training
+LARGEST_SCALE = 100.0
+
+
+class InVocabularyClassifier(nn.Module):
+    """Compares masks with text, by what the pixel decoder sees inside of them and by the states of their queries."""
+
+    def __init__(self, hidden_dim: int, projection_dim: int) -> None:
+        super().__init__()
+        self.pool_norm = nn.LayerNorm(hidden_dim)
+        self.pool_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.class_embed = Mask2FormerMLPPredictionHead(hidden_dim, hidden_dim, projection_dim)
+        self.void_embed = nn.Parameter(torch.empty(projection_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
+
+    def forward(
+        self, mask_features: torch.Tensor, masks: torch.Tensor, queries: torch.Tensor, text: TextClasses
+    ) -> torch.Tensor:
+        """Return logits of shape `(batch_size, num_queries, classes + 1)`; the last is "no object".
+
+        Args:
+            mask_features: Of shape `(batch_size, hidden_dim, height, width)`.
+            masks: Logits of shape `(batch_size, num_queries, height, width)`; no gradient reaches them.
+            queries: States of shape `(batch_size, num_queries, hidden_dim)`.
+            text: Classes to compare with.
+        """
+        pooled, _ = hard_mask_pool(mask_features, masks)
+        embeds = normalize(self.class_embed(self.pool_proj(self.pool_norm(pooled)) + queries), dim=-1)
+        real = text.best_alias(embeds @ text.embeddings.T)
+        void = embeds @ normalize(self.void_embed, dim=0)[:, None]
+        return self.logit_scale.exp().clamp(max=LARGEST_SCALE) * torch.cat([real, void], -1)
+
+
+class FCCLIPHead(nn.Module):
+    """All that is trained."""
+
+    def __init__(self, config: FCCLIPConfig) -> None:
+        super().__init__()
+        width = cast("SparseCLIPVisionConfig", config.vision_config).hidden_size
+        self.decoder = MaskQueryDecoder(mask2former_config(config), width)
+        self.classifier = InVocabularyClassifier(config.hidden_dim, cast("int", config.projection_dim))
+
+
+def geometric_ensemble(
+    in_vocabulary: torch.Tensor, out_of_vocabulary: torch.Tensor, weights: torch.Tensor, is_valid: torch.Tensor
+) -> torch.Tensor:
+    """Mix two classifications of masks: p_in^(1-w) p_out^w over the classes; "no object" is the first one's alone.
+
+    Args:
+        in_vocabulary: Logits of shape `(batch_size, num_queries, classes + 1)`, the last for "no object".
+        out_of_vocabulary: Logits of shape `(batch_size, num_queries, classes)`.
+        weights: Of the second one for every class, in [0, 1], `(classes,)`.
+        is_valid: Whether a mask has a position that the second one saw, `(batch_size, num_queries)`; its weight is
+            zero where not.
+
+    Returns:
+        Logarithms of probabilities, of shape `(batch_size, num_queries, classes + 1)`, in single precision.
+    """
+    with_void = in_vocabulary.float().log_softmax(-1)
+    weight = weights.float() * is_valid[..., None]
+    first = in_vocabulary[..., :-1].float().log_softmax(-1)
+    second = out_of_vocabulary.float().log_softmax(-1)
+    mixed = ((1 - weight) * first + weight * second).log_softmax(-1)
+    real = with_void[..., :-1].logsumexp(-1, keepdim=True)
+    return torch.cat([mixed + real, with_void[..., -1:]], -1)
+
+
+class FCCLIPForSegmentation(OpenVocabularyModel):
+    """A frozen CLIP with trained mask queries: semantic, instance and panoptic segmentation by text.
+
+    The vision and the text tower have no gradients, keep no graph, and stay in evaluation mode.
+    """
+
+    config: FCCLIPConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config_class = FCCLIPConfig
+
+    def __init__(self, config: FCCLIPConfig) -> None:
+        super().__init__(config)
+        self.head = FCCLIPHead(config)
+        self.post_init()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for part in self._frozen_parts:
+            part.requires_grad_(False).eval()
+        self.logit_scale.requires_grad_(False)
+
+    @property
+    def _frozen_parts(self) -> tuple[nn.Module, ...]:
+        return self.vision_model, self.text_model, self.visual_projection, self.text_projection
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the head; CLIP stays in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen_parts:
+            part.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as [`PreTrainedModel.from_pretrained`] does; CLIP stays frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
+
+    @classmethod
+    def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> "FCCLIPForSegmentation":
+        """Put a new head on a CLIP, dense or pruned.
+
+        Args:
+            clip: A [`SparseCLIPModel`] or a segmenter made of one; not changed.
+            **options: Fields of [`FCCLIPConfig`]: `num_queries`, `seen_classes`, ...
+        """
+        values = clip.config.to_dict()
+        for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
+            values.pop(name, None)
+        config = FCCLIPConfig(**{**values, **options})
+        model = cls(config).to(device=clip.device, dtype=clip.dtype)  # pyright: ignore[reportCallIssue]
+        tower = {name: value for name, value in clip.state_dict().items() if not name.startswith("head.")}
+        missing, unexpected = model.load_state_dict(tower, strict=False)
+        lost = [name for name in missing if not name.startswith("head.")]
+        if lost or unexpected:
+            raise ValueError(
+                f"The {type(clip).__name__} does not fit: {len(lost)} weights are missing ({lost[:2]}), "
+                f"{len(unexpected)} are foreign ({unexpected[:2]}). Give a SparseCLIPModel."
+            )
+        model.config.name_or_path = clip.config.name_or_path
+        return model
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return all that the head reads of the frozen tower, to be kept and given to `forward` as `features`.
+
+        Args:
+            pixel_values: Images of shape `(batch_size, 3, height, width)`, both sides multiples of the patch size.
+
+        Returns:
+            The maps of `config.tapped_layers`, each `(batch_size, hidden_size, grid_height, grid_width)`, and last
+            CLIP's unit dense embeddings, `(batch_size, dim, grid_height, grid_width)`. They depend on the tower and on
+            `segmentation_mode` alone.
+        """
+        grid = self._grid(pixel_values)
+        mode, reduced = self._resolve_mode(None, None)
+        layers, depth = self.config.tapped_layers, len(self._layers)
+        before, taps = self._run_blocks(pixel_values, layers)
+        dense = self._last_block(before, grid, mode, reduced)
+        if depth in layers:
+            taps[depth] = dense if (mode, reduced) == ("vanilla", False) else self._layers[-1](before, None)
+        maps = [taps[layer][:, 1:].transpose(1, 2).unflatten(2, grid) for layer in layers]
+        return (*maps, self._to_embeds(self.vision_model.post_layernorm(dense[:, 1:]), grid))
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vocabulary: Vocabulary | None = None,
+        text_embeddings: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mask_labels: Sequence[torch.Tensor] | None = None,
+        class_labels: Sequence[torch.Tensor] | None = None,
+        features: Sequence[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> MaskQueriesOutput:
+        """Propose masks and classify them; with labels, return the loss over all layers of the decoder.
+
+        The loss is that of the in-vocabulary classifier. In evaluation mode the outputs hold the ensemble with CLIP's
+        own classification of the masks, in training mode the in-vocabulary classifier alone. With a loss, no gradient
+        flows through `logits`.
+
+        Args:
+            pixel_values: Images of shape `(batch_size, 3, height, width)`, both sides multiples of the patch size.
+            vocabulary: An encoded [`Vocabulary`] (see `encode_vocabulary`). A class is seen if one of its names is in
+                `config.seen_classes`.
+            text_embeddings: Instead of a vocabulary, unit embeddings of shape `(queries, dim)`, each a class. Without
+                names they stand for the classes of the training: all count as seen.
+            labels: Index of the class of every pixel, `(batch_size, label_height, label_width)`, of any size;
+                `config.semantic_loss_ignore_index` where a pixel does not count.
+            mask_labels: Instead of labels, for every image masks of shape `(masks, height, width)`, zero outside.
+            class_labels: With `mask_labels`, for every image the classes of its masks, `(masks,)`.
+            features: Instead of images, what `encode` returned for them.
+            **kwargs: Ignored, so that a whole batch of a processor can be passed.
+
+        Returns:
+            `logits` are the logarithm of the share of every class, `(batch_size, queries, 4 grid_height,
+            4 grid_width)`: that of a class is in the channel of its first name, its other names have a very low one.
+
+        Raises:
+            ValueError: If the image is no multiple of the patch size, the text is not encoded, labels are given
+                without text or outside of it, or arguments exclude each other.
+        """
+        *maps, dense = self._features(pixel_values, features)
+        text = text_classes(vocabulary, text_embeddings, like=dense)
+        targets = self._targets(text, labels, mask_labels, class_labels, len(dense))
+        found = self.head.decoder(maps)
+        masks = found.masks[-1]
+        outputs = MaskQueriesOutput(dense_embeds=dense, vocabulary=vocabulary, masks_queries_logits=masks)
+        if text is None:
+            return outputs
+        # Without a loss the layers before the last need no classes.
+        layers = slice(None if targets is not None else -1, None)
+        classes = [
+            self.head.classifier(found.mask_features, layer_masks, queries, text)
+            for layer_masks, queries in zip(found.masks[layers], found.queries[layers], strict=True)
+        ]
+        if targets is not None:
+            outputs.loss = MaskQueriesLoss(self.head.decoder.config, targets, text.count).total(found.masks, classes)
+        outputs.class_queries_logits = (
+            classes[-1]
+            if self.training
+            else self._ensemble(classes[-1], masks, dense, text, self._clip_weights(vocabulary, text))
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and targets is None):
+            outputs.logits = text.to_queries(semantic_logits(outputs.class_queries_logits, masks))
+        return outputs
+
+    def _features(
+        self, pixel_values: torch.Tensor | None, features: Sequence[torch.Tensor] | None
+    ) -> Sequence[torch.Tensor]:
+        if (pixel_values is None) == (features is None):
+            raise ValueError(
+                f"There are {'neither' if features is None else 'both'} pixel_values and features. One of them must "
+                "be given: features are what encode(pixel_values) returns. Correct the call."
+            )
+        if features is None:
+            return self.encode(cast("torch.Tensor", pixel_values))
+        if len(features) != len(self.config.tapped_layers) + 1:
+            raise ValueError(
+                f"There are {len(features)} features. They must be the {len(self.config.tapped_layers)} maps of the "
+                "tower and the dense embeddings, as encode(pixel_values) returns them. Encode the images again."
+            )
+        return features
+
+    def _targets(
+        self,
+        text: TextClasses | None,
+        labels: torch.Tensor | None,
+        mask_labels: Sequence[torch.Tensor] | None,
+        class_labels: Sequence[torch.Tensor] | None,
+        batch_size: int,
+    ) -> MaskTargets | None:
+        if labels is None and mask_labels is None and class_labels is None:
+            return None
+        if text is None:
+            raise ValueError("There are labels and no text. The loss compares masks with names. Pass text_embeddings.")
+        if labels is not None and mask_labels is None and class_labels is None:
+            return semantic_targets(labels, batch_size, text.count, self.config.semantic_loss_ignore_index)
+        if labels is None and mask_labels is not None and class_labels is not None:
+            return instance_targets(mask_labels, class_labels, batch_size, text.count)
+        given = {"labels": labels, "mask_labels": mask_labels, "class_labels": class_labels}
+        raise ValueError(
+            f"There are {' and '.join(name for name, value in given.items() if value is not None)}. It must be labels "
+            "alone, or mask_labels with class_labels. Correct the call."
+        )
+
+    def _clip_weights(self, vocabulary: Vocabulary | None, text: TextClasses) -> torch.Tensor:
+        """Return the weight of CLIP's own classification for every class, `(classes,)`."""
+        config, seen = self.config, self.config.seen_names
+        is_seen = [True] * text.count
+        if vocabulary is not None:
+            is_seen = [any(name.casefold() in seen for name in group) for group in vocabulary.classes]
+        weights = [config.ensemble_alpha if each else config.ensemble_beta for each in is_seen]
+        return torch.tensor(weights, dtype=torch.float32, device=text.embeddings.device)
+
+    def _ensemble(
+        self,
+        in_vocabulary: torch.Tensor,
+        masks: torch.Tensor,
+        dense: torch.Tensor,
+        text: TextClasses,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        pooled, is_valid = hard_mask_pool(dense, masks)
+        cosines = text.best_alias(normalize(pooled, dim=-1) @ text.embeddings.T)
+        return geometric_ensemble(in_vocabulary, self.logit_scale.exp() * cosines, weights, is_valid)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InVocabularyClassifier):
+            init.normal_(module.void_embed)
+            init.constant_(module.logit_scale, math.log(INITIAL_SCALE))
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):  # torch's own initialisation, as the reference has
+                    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+                    init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
+
+
+__all__ = ["FCCLIPForSegmentation"]
