@@ -6,17 +6,20 @@ from .models.auto_segmentation import AutoModelForOpenVocabularySegmentation
 from .models.configuration_catseg import CATSegConfig
 from .models.configuration_clip_resnet import CLIPResNetVisionConfig
 from .models.configuration_deeplabv3plus import DeepLabV3PlusConfig
+from .models.configuration_fcclip import FCCLIPConfig
 from .models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
 from .models.modeling_catseg import CATSegForSegmentation
 from .models.modeling_clip_resnet import CLIPResNetVisionModel
 from .models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from .models.modeling_dense_clip import DenseCLIPForSegmentation
+from .models.modeling_fcclip import FCCLIPForSegmentation
 from .models.modeling_open_vocabulary import OpenVocabularySegmenterOutput
 from .models.modeling_sparse_clip import (
     SparseCLIPModel,
     SparseCLIPVisionModel,
     SparseCLIPVisionModelWithProjection,
 )
+from .models.processing_masks import post_process_instance_segmentation, post_process_panoptic_segmentation
 from .models.processing_open_vocabulary import OpenVocabularyProcessor
 from .models.segmentation_result import SegmentationResult
 from .models.segmenting import segment
@@ -64,6 +67,7 @@ for _config, _model in (
 for _config, _model in (
     (DeepLabV3PlusConfig, DeepLabV3PlusForSegmentation),
     (CATSegConfig, CATSegForSegmentation),
+    (FCCLIPConfig, FCCLIPForSegmentation),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModelForSemanticSegmentation.register(_config, _model)
@@ -82,6 +86,8 @@ __all__ = [
     "DeepLabV3PlusConfig",
     "DeepLabV3PlusForSegmentation",
     "DenseCLIPForSegmentation",
+    "FCCLIPConfig",
+    "FCCLIPForSegmentation",
     "LatencyTable",
     "LayerSelection",
     "OpenVocabularyProcessor",
@@ -110,6 +116,8 @@ __all__ = [
     "get_peft_model",
     "load_transferred",
     "measure_latency_table",
+    "post_process_instance_segmentation",
+    "post_process_panoptic_segmentation",
     "prune_model",
     "save_transferred",
     "segment",

@@ -12,6 +12,7 @@ from hf_opentrans import (
     AutoModelForOpenVocabularySegmentation,
     CATSegForSegmentation,
     DeepLabV3PlusForSegmentation,
+    FCCLIPForSegmentation,
     LayerSelection,
     PruningReport,
     SparseCLIPModel,
@@ -150,6 +151,26 @@ def test_cost_aggregation_trains_what_is_asked_for(tmp_path, base, tiny_clip_fol
         assert unread not in changed
 
 
+def test_mask_queries_train_on_a_frozen_clip(tmp_path, base, tiny_clip_folder):
+    options = tmp_path / "options.json"
+    head = {"hidden_dim": 64, "num_queries": 4, "encoder_layers": 1, "decoder_layers": 1, "feedforward_dim": 16}
+    options.write_text(json.dumps({"head_options": head, "steps": 2, "batch_size": 2}))
+    output = tmp_path / "out"
+    code, _, error = run(*base, "--framework", "fcclip", "--config", options, "--output", output)
+    assert (code, "framework 'fcclip', which never trains the tower" in error) == (USAGE, True)
+    code, _, error = run(*base, "--framework", "fcclip", "--config", options, "--select", "own", "--output", output)
+    assert code == 0, error
+    model = AutoModelForOpenVocabularySegmentation.from_pretrained(output)
+    assert type(model) is FCCLIPForSegmentation
+    assert model.config.seen_classes == ["sky", "cat; dog"]
+    tower = SparseCLIPModel.from_pretrained(tiny_clip_folder).state_dict()
+    trained = model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in tower.items())
+    costs = json.loads((output / "training_report.json").read_text())["training_cost"]
+    # No graph reaches the tower: there is nothing more to compute.
+    assert costs["selected"]["per_sample"] == costs["full"]["per_sample"]
+
+
 def test_low_rank_updates_are_merged(tmp_path, base, tiny_clip_folder):
     output, figures = tmp_path / "out", tmp_path / "figures.json"
     code, _, error = run(*base, "--select", "lora", "--output", output, "--json", figures)
@@ -215,7 +236,7 @@ def test_mixed_precision_trains(tmp_path, base):
         (["--select", "best"], "select is 'best'. It must be one of full, head, own, lora, alpha", USAGE),
         (["--fraction", 0], "fraction is 0.0. It must lie in (0, 1]", USAGE),
         (["--steps", 0], "steps is 0. It must be positive", USAGE),
-        (["--framework", "fcclip"], "framework is 'fcclip'. It must be one of deeplabv3plus, catseg", USAGE),
+        (["--framework", "gkc"], "framework is 'gkc'. It must be one of deeplabv3plus, catseg, fcclip", USAGE),
         (["--split", "test"], "There is no split 'test'", FAILURE),
         (["--resume"], "There is no checkpoint", FAILURE),
     ],

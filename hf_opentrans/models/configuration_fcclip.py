@@ -115,8 +115,8 @@ class FCCLIPConfig(SparseCLIPConfig):
             )
         if self.hidden_dim % self.num_attention_heads:
             raise ValueError(
-                f"hidden_dim is {self.hidden_dim}, with num_attention_heads={self.num_attention_heads}. The heads must "
-                "divide the width. Correct one of them."
+                f"hidden_dim is {self.hidden_dim}, with num_attention_heads={self.num_attention_heads}. The heads "
+                "must divide the width. Correct one of them."
             )
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if self.feature_layers is None or not layers:

@@ -2,7 +2,8 @@
 
 Yu et al. 2023 (arXiv 2308.02487) on a plain transformer: the pyramid reads four layers of the tower, which also gives
 the dense map (see `modeling_open_vocabulary`) for the out-of-vocabulary classifier. The tower and the text are never
-trained, so `encode` can be run once per image and its result be kept. This file travels with checkpoints as remote code.
+trained, so `encode` can be run once per image and its result be kept.
+This file travels with checkpoints as remote code.
 """
 
 import math
@@ -31,7 +32,6 @@ from .modeling_mask_queries import (
     text_classes,
 )
 from .modeling_open_vocabulary import OpenVocabularyModel
-from .modeling_sparse_clip import SparseCLIPModel
 from .vocabulary import Vocabulary
 
 INITIAL_SCALE = 1 / 0.07  # CLIP's own at the start of its training
@@ -139,30 +139,6 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
         return loaded
 
-    @classmethod
-    def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> "FCCLIPForSegmentation":
-        """Put a new head on a CLIP, dense or pruned.
-
-        Args:
-            clip: A [`SparseCLIPModel`] or a segmenter made of one; not changed.
-            **options: Fields of [`FCCLIPConfig`]: `num_queries`, `seen_classes`, ...
-        """
-        values = clip.config.to_dict()
-        for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
-            values.pop(name, None)
-        config = FCCLIPConfig(**{**values, **options})
-        model = cls(config).to(device=clip.device, dtype=clip.dtype)  # pyright: ignore[reportCallIssue]
-        tower = {name: value for name, value in clip.state_dict().items() if not name.startswith("head.")}
-        missing, unexpected = model.load_state_dict(tower, strict=False)
-        lost = [name for name in missing if not name.startswith("head.")]
-        if lost or unexpected:
-            raise ValueError(
-                f"The {type(clip).__name__} does not fit: {len(lost)} weights are missing ({lost[:2]}), "
-                f"{len(unexpected)} are foreign ({unexpected[:2]}). Give a SparseCLIPModel."
-            )
-        model.config.name_or_path = clip.config.name_or_path
-        return model
-
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return all that the head reads of the frozen tower, to be kept and given to `forward` as `features`.
@@ -239,13 +215,12 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
         ]
         if targets is not None:
             outputs.loss = MaskQueriesLoss(self.head.decoder.config, targets, text.count).total(found.masks, classes)
-        outputs.class_queries_logits = (
-            classes[-1]
-            if self.training
-            else self._ensemble(classes[-1], masks, dense, text, self._clip_weights(vocabulary, text))
-        )
+        best = classes[-1]
+        if not self.training:
+            best = self._ensemble(best, masks, dense, text, self._clip_weights(vocabulary, text))
+        outputs.class_queries_logits = best
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is None):
-            outputs.logits = text.to_queries(semantic_logits(outputs.class_queries_logits, masks))
+            outputs.logits = text.to_queries(semantic_logits(best, masks))
         return outputs
 
     def _features(
@@ -253,8 +228,8 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
     ) -> Sequence[torch.Tensor]:
         if (pixel_values is None) == (features is None):
             raise ValueError(
-                f"There are {'neither' if features is None else 'both'} pixel_values and features. One of them must "
-                "be given: features are what encode(pixel_values) returns. Correct the call."
+                f"There are {'no pixel_values and no' if features is None else 'both pixel_values and'} features. "
+                "Exactly one of them must be given: features are what encode(pixel_values) returns. Correct the call."
             )
         if features is None:
             return self.encode(cast("torch.Tensor", pixel_values))
@@ -263,7 +238,7 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
                 f"There are {len(features)} features. They must be the {len(self.config.tapped_layers)} maps of the "
                 "tower and the dense embeddings, as encode(pixel_values) returns them. Encode the images again."
             )
-        return features
+        return [part.to(self.logit_scale) for part in features]  # kept elsewhere, or in half precision
 
     def _targets(
         self,

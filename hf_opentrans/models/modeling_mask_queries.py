@@ -1,4 +1,4 @@
-"""Mask queries over a plain vision transformer: what FC-CLIP and its kin share, on the parts of transformers' Mask2Former.
+"""Mask queries over a plain vision transformer: what FC-CLIP and its kin share, on transformers' Mask2Former.
 
 The tower has one resolution; a simple pyramid makes four of it, which the pixel decoder and the masked decoder read.
 Losses differ from Mask2Former's in one thing: pixels without a label do not count. Masks are compared on pixels drawn
@@ -9,7 +9,7 @@ else is inherited. This file travels with checkpoints as remote code.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed, nn
@@ -217,6 +217,10 @@ class MaskQueryDecoder(Mask2FormerPreTrainedModel):
         queries = tuple(state.transpose(0, 1) for state in found.intermediate_hidden_states)
         return MaskQueries(tuple(found.masks_queries_logits), queries, pixels.mask_features)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Of foreign classes transformers skips modules without weights of their own: Mask2Former's attention.
+        super()._initialize_weights(module, is_custom_code=False)
+
 
 def hard_mask_pool(features: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Average features inside of masks; no gradient reaches the masks.
@@ -394,7 +398,7 @@ class CountedPixelMatcher(Mask2FormerHungarianMatcher):
         worst = torch.finfo(cost.dtype).max
         cost = torch.nan_to_num(cost, nan=worst, posinf=worst, neginf=worst)
         # scipy's, by way of transformers: remote code may not ask for scipy itself.
-        rows, columns = mask2former.linear_sum_assignment(cost.cpu())
+        rows, columns = cast("Any", mask2former).linear_sum_assignment(cost.cpu())
         return torch.as_tensor(rows), torch.as_tensor(columns)
 
 
@@ -443,7 +447,7 @@ class MaskQueriesLoss(Mask2FormerLoss):
         chosen = [class_labels[index] for index in kept]
         return super().loss_labels(class_queries_logits[kept], chosen, [indices[index] for index in kept])  # pyright: ignore[reportArgumentType]
 
-    def loss_masks(
+    def loss_masks(  # pyright: ignore[reportIncompatibleMethodOverride] - upstream calls a tensor an integer
         self,
         masks_queries_logits: torch.Tensor,
         mask_labels: Sequence[torch.Tensor],
@@ -474,7 +478,9 @@ class MaskQueriesLoss(Mask2FormerLoss):
         chosen = drawn.gather(1, doubt.topk(uncertain, dim=1).indices)
         return torch.cat([chosen, _draw_pixels(counted, len(masks), self.num_points - uncertain)], 1)
 
-    def get_num_masks(self, class_labels: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    def get_num_masks(  # pyright: ignore[reportIncompatibleMethodOverride] - upstream calls a list a tensor
+        self, class_labels: Sequence[torch.Tensor], device: torch.device
+    ) -> torch.Tensor:
         """Return the mean number of masks per process, at least 1; of this process alone outside of training."""
         count = torch.tensor(float(sum(len(ids) for ids in class_labels)), device=device)
         if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():

@@ -17,6 +17,7 @@ from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.modeling_catseg import CATSegForSegmentation
 from hf_opentrans.models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
+from hf_opentrans.models.modeling_fcclip import FCCLIPForSegmentation
 from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.vocabulary import Vocabulary
@@ -37,7 +38,9 @@ from .segmentation import SegmentationDataset, SegmentationTrainer
 FRAMEWORKS: dict[str, type[OpenVocabularyModel]] = {
     "deeplabv3plus": DeepLabV3PlusForSegmentation,
     "catseg": CATSegForSegmentation,
+    "fcclip": FCCLIPForSegmentation,
 }
+FROZEN_TOWER = ("fcclip",)  # these keep no graph of the tower
 EVERYTHING, HEAD, LORA, OWN = "full", "head", "lora", "own"
 TOWER = r"vision_model\..*"
 
@@ -47,7 +50,8 @@ class FinetuneConfig(Schedule):
     """How to train.
 
     Args:
-        framework: What is put on the CLIP: "deeplabv3plus" or "catseg".
+        framework: What is put on the CLIP: "deeplabv3plus", "catseg" or "fcclip" (whose tower never trains: select
+            must be "head" or "own").
         select: Which layers of the vision tower train beside the head: a rule of `select_layers`, "full" for all of
             the tower, "head" for none, "own" for what the framework's paper trains (CAT-Seg: queries and values;
             DeepLabV3+: all), or "lora" for low-rank updates of all its linear layers (PEFT), which are merged at the
@@ -95,6 +99,11 @@ class FinetuneConfig(Schedule):
             if getattr(self, name) not in known:
                 listed = ", ".join(filter(None, known))
                 raise ValueError(f"{name} is {getattr(self, name)!r}. It must be one of {listed}. Correct it.")
+        if self.framework in FROZEN_TOWER and self.select not in (HEAD, OWN):
+            raise ValueError(
+                f"select is {self.select!r} with framework {self.framework!r}, which never trains the tower. It must "
+                f"be {HEAD!r} or {OWN!r}. Correct one of them."
+            )
         how_many(self.fraction, 1)
         for name in ("tower_rate", "lora_rank", "decoder_channels", "gradient_batches"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -252,6 +261,8 @@ def prepare(
         )
         for folder, is_training in zip(folders, (True, False), strict=True)
     ]
+    if hasattr(model.config, "seen_classes"):  # of the ensemble: what training shows
+        model.config.seen_classes = list(datasets[0].class_names)
     text = class_embeddings(model, datasets[0].class_names, processor.tokenizer)
     batches = _batches(datasets[0], config, text)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -285,7 +296,7 @@ def _head_options(config: FinetuneConfig) -> dict[str, Any]:
     if config.framework == "deeplabv3plus":
         options = {"decoder_channels": config.decoder_channels, "clip_residual": config.clip_residual}
     else:
-        options = {"cost_residual": config.clip_residual}
+        options = {"cost_residual": config.clip_residual} if config.framework == "catseg" else {}
     if config.mode is not None:
         options |= {"segmentation_mode": config.mode, "segmentation_reduced": None}
     return options | config.head_options
