@@ -61,7 +61,7 @@ def recovery_notes(rows: Sequence[RecoveryRow]) -> list[str]:
     seeds = len({row.seed for row in rows})
     return [
         f"Cosines to the dense model's tokens on held-out images, before and after distillation from {rows[0].images} "
-        f"unlabelled images. Means over {seeds} seed{'s' * (seeds > 1)}" + "; ± is half their range." * (seeds > 1)
+        "unlabelled images. " + (f"Means over {seeds} seeds; ± is half their range." if seeds > 1 else "One seed.")
     ]
 
 

@@ -19,6 +19,7 @@ from hf_opentrans._optional import require
 from hf_opentrans.benchmark_memory import PeakMemory
 from hf_opentrans.benchmarks import vit_config
 from hf_opentrans.spectra.analysis import analyze_spectra, weight_of
+from hf_opentrans.spectra.esd import gram_eigenvalues
 from hf_opentrans.spectra.layers import find_layers
 
 # Widths of the towers that are only analysed by us: hidden size, MLP width, layers, patch size.
@@ -215,6 +216,5 @@ def _weightwatcher(model: nn.Module) -> dict[str, float | None]:
 def _eigenvalues(model: nn.Module, precision: torch.dtype) -> dict[str, float | None]:
     for name in find_layers(model):
         weight = weight_of(model.get_submodule(name))
-        matrix = (weight if len(weight) >= weight.shape[1] else weight.T).to(precision)
-        torch.linalg.eigvalsh(matrix.T @ matrix)
+        gram_eigenvalues((weight if len(weight) >= weight.shape[1] else weight.T).to(precision))
     return {}

@@ -161,7 +161,7 @@ def test_other_settings_are_refused(tmp_path, base):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rules", "best"], "select is 'best'. It must be one of full, head, lora, alpha"),
+        (["--rules", "best"], "select is 'best'. It must be one of full, head, own, lora, alpha"),
         (["--fraction", 0], "fraction is 0.0. It must lie in (0, 1]"),
         (["--seen", 1], "seen is 1: the head sees 4 of 4 classes"),
         (["--eval-split", "test"], "There is no split 'test'"),

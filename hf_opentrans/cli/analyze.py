@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from tqdm.auto import tqdm
 
+from hf_opentrans._optional import require
 from hf_opentrans.benchmark_spectra import analyze_large, compare_with_weightwatcher, spectra_table
 from hf_opentrans.cli._common import (
     app,
@@ -140,7 +141,11 @@ def benchmark_spectra(
     def say(line: str) -> None:
         err.print(line, highlight=False)
 
-    rows = compare_with_weightwatcher(layers=layers, rounds=rounds, say=say)
-    rows += list(analyze_large(say)) if large else []
+    require("bench", "weightwatcher")
+    from threadpoolctl import threadpool_limits  # weightwatcher brings it
+
+    with threadpool_limits(1):  # NumPy and SciPy have threads of their own
+        rows = compare_with_weightwatcher(layers=layers, rounds=rounds, say=say)
+        rows += list(analyze_large(say)) if large else []
     show_table(spectra_table(rows), title="Tail fits of all layers, CPU seconds on one thread")
     save_json(json_file, command_line(), {"seed": 0, "rows": [row.to_dict() for row in rows]})

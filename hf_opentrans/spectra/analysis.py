@@ -19,6 +19,7 @@ from .esd import (
     Spectrum,
     compute_spectrum,
     compute_windowed_spectrum,
+    is_zero,
     spectral_metrics,
 )
 from .layers import CONVOLUTIONS, MOST_ELONGATED, MatrixLayer, find_layers, is_elongated
@@ -276,7 +277,7 @@ def _reason_to_skip(module: nn.Module, weight: torch.Tensor, layer: MatrixLayer)
     count = min(sides) * layer.parts * math.prod(weight.shape[2:])
     if count < MIN_EIGENVALUES:
         return f"it has {count} eigenvalues, fewer than {MIN_EIGENVALUES}"
-    return "" if bool(weight.any()) else "its weight is zero everywhere"
+    return "its weight is zero everywhere" if is_zero(weight) else ""
 
 
 def _analyze(
