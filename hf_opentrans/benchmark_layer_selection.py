@@ -20,7 +20,6 @@ from hf_opentrans.benchmark_selection_tables import BASE, FULL, UNTRAINED, Selec
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU
 from hf_opentrans.evaluation import evaluate_segmentation, folder_samples
-from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.training.finetune import FinetuneConfig, ReadyToTrain, class_embeddings, prepare
@@ -63,7 +62,7 @@ class Study:
         ValueError: If a share leaves no class on one side.
     """
 
-    clip: DenseCLIPForSegmentation
+    clip: OpenVocabularyModel
     processor: OpenVocabularyProcessor
     train: SegmentationFolder
     evaluate: SegmentationFolder

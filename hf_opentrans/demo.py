@@ -24,7 +24,7 @@ from hf_opentrans.benchmarks import (
     paired_latency,
 )
 from hf_opentrans.data.scenes import Scene, SceneGenerator
-from hf_opentrans.loading import embedded_folder, embedded_names, load_segmenter
+from hf_opentrans.loading import embedded_folder, embedded_names, load_dense_clip
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.models.segmentation_result import class_colour
@@ -78,7 +78,7 @@ def run_demo(
     configs = [PruningConfig(keep=keep, method=m, seed=seed) for m in ("obs", "magnitude", "random")]
     check_output_folder(output, marker=REPORT_FILE)
     on_stage(f"Drawing {CALIBRATION_SCENES} unlabelled scenes to prune with and {TEST_SCENES} new ones to test on")
-    model, processor = load_segmenter(embedded_folder())
+    model, processor = load_dense_clip(embedded_folder())
     names, calibration, tests = _draw(seed)
     data = BenchmarkData(
         calibration=[scene.image for scene in calibration],

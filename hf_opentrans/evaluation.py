@@ -11,6 +11,7 @@ from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU, SegmentationScores
 from hf_opentrans.models.image_loading import ImageInput, center_crop, load_rgb
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 from hf_opentrans.models.segmenting import segment
 from hf_opentrans.models.vocabulary import Vocabulary
@@ -36,7 +37,7 @@ class Fidelity:
 
 
 def evaluate_segmentation(
-    model: DenseCLIPForSegmentation,
+    model: OpenVocabularyModel,
     processor: OpenVocabularyProcessor,
     samples: Iterable[tuple[ImageInput, Any]],
     class_names: Sequence[str],
@@ -55,7 +56,7 @@ def evaluate_segmentation(
         **options: Passed to `segment`: mode, inference, resolution, batch_size.
     """
     metric = MeanIoU(len(class_names))
-    vocabulary = Vocabulary(class_names, templates=model.config.segmentation_templates)
+    vocabulary = Vocabulary(class_names, templates=cast("Any", model.config).segmentation_templates)
     for image, mask in samples:
         (result,) = segment(model, processor, image, vocabulary, **options)
         metric.update(result.segmentation, torch.as_tensor(mask))

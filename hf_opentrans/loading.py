@@ -17,12 +17,14 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from hf_opentrans._checks import check_finite
+from hf_opentrans.models.auto_segmentation import AutoModelForOpenVocabularySegmentation
 from hf_opentrans.models.configuration_sparse_clip import (
     CLIP_MODEL_TYPES,
     VISION_MODEL_TYPES,
     SparseCLIPVisionConfig,
 )
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel, SparseCLIPVisionModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModelWithProjection as WithProjection
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
@@ -125,16 +127,27 @@ def load_any(name: str | Path, *, revision: str | None = None) -> PreTrainedMode
 
 def load_segmenter(
     name: str | Path, *, revision: str | None = None
-) -> tuple[DenseCLIPForSegmentation, OpenVocabularyProcessor]:
-    """Load any CLIP folder or Hub id as a segmenter, with its processor.
+) -> tuple[OpenVocabularyModel, OpenVocabularyProcessor]:
+    """Load a trained segmenter, or any CLIP folder or Hub id as a training-free one, with its processor.
 
     Raises:
         FileNotFoundError: If there is no such folder or model.
         ValueError: If it has no text tower, is no CLIP, or its files are damaged.
     """
+    return _load_segmenter(AutoModelForOpenVocabularySegmentation, name, revision)
+
+
+def load_dense_clip(
+    name: str | Path, *, revision: str | None = None
+) -> tuple[DenseCLIPForSegmentation, OpenVocabularyProcessor]:
+    """Load any CLIP folder or Hub id as a training-free segmenter, with its processor; see `load_segmenter`."""
+    return _load_segmenter(DenseCLIPForSegmentation, name, revision)
+
+
+def _load_segmenter(kind: Any, name: str | Path, revision: str | None) -> tuple[Any, OpenVocabularyProcessor]:
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
-        model = DenseCLIPForSegmentation.from_pretrained(path, revision=revision, dtype=torch.float32).eval()
+        model = kind.from_pretrained(path, revision=revision, dtype=torch.float32).eval()
         check_finite(model.state_dict())
         processor = OpenVocabularyProcessor.from_pretrained(path, revision=revision)
     return model, processor

@@ -25,7 +25,7 @@ from hf_opentrans.benchmarks import BenchmarkData, paired_latency, synthetic_tow
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.evaluation import folder_samples
-from hf_opentrans.loading import load_clip, load_segmenter
+from hf_opentrans.loading import load_clip, load_dense_clip
 from hf_opentrans.pruning.calibration import list_images
 from hf_opentrans.pruning.plan import METHODS, PruningConfig
 from hf_opentrans.pruning.tower import Tower
@@ -85,7 +85,7 @@ def benchmark_pruning(
         **_segmentation(segmentation, split),
         **_classification(classification),
     )
-    run_benchmark(lambda: load_segmenter(model), data, runs, results, say=_say, progress=shows_progress())
+    run_benchmark(lambda: load_dense_clip(model), data, runs, results, say=_say, progress=shows_progress())
     _show(results, json_file, f"{Path(model).name}, {num_images} calibration images")
 
 

@@ -53,19 +53,20 @@ class AutoModelForOpenVocabularySegmentation:
             model_type = values.get("model_type")
         else:
             model_type = config.model_type
-        return _class_of(model_type).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kind = _class_of(model_type, repr(str(pretrained_model_name_or_path)))
+        return kind.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
         """Build the segmenter of a configuration, with random weights."""
-        return _class_of(config.model_type)._from_config(config, **kwargs)
+        return _class_of(config.model_type, f"The {type(config).__name__}")._from_config(config, **kwargs)
 
 
-def _class_of(model_type: Any) -> type[OpenVocabularyModel]:
+def _class_of(model_type: Any, source: str) -> type[OpenVocabularyModel]:
     if model_type not in SEGMENTERS:
         raise ValueError(
-            f"The model is of type {model_type!r}. An open-vocabulary segmenter is one of {', '.join(SEGMENTERS)}. "
-            "Give a CLIP with both towers, or a model that this package trained."
+            f"{source} holds a model of type {model_type!r}. An open-vocabulary segmenter is one of "
+            f"{', '.join(SEGMENTERS)}. Give a CLIP model with both towers, or a segmenter that this package trained."
         )
     return SEGMENTERS[model_type]
 

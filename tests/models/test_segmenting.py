@@ -1,11 +1,24 @@
 """The three-line use: images in, results out."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hf_opentrans import DenseCLIPForSegmentation, OpenVocabularyProcessor, Vocabulary, segment
+from hf_opentrans import (
+    CATSegForSegmentation,
+    DeepLabV3PlusForSegmentation,
+    DenseCLIPForSegmentation,
+    FCCLIPForSegmentation,
+    OpenVocabularyProcessor,
+    Vocabulary,
+    segment,
+)
+from hf_opentrans.loading import load_segmenter
+
+QUERIES = {"hidden_dim": 64, "num_queries": 4, "encoder_layers": 1, "decoder_layers": 1, "feedforward_dim": 16}
 
 
 @pytest.fixture
@@ -63,3 +76,31 @@ def test_slide_and_mode_and_threshold(parts, tiny_images):
         segment(model, processor, tiny_images[0], ["cat"], mode="magic")
     with pytest.raises(ValueError, match="occurs twice"):
         segment(model, processor, tiny_images[0], ["cat", "cat"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (DeepLabV3PlusForSegmentation, {"decoder_channels": 8}),
+        (CATSegForSegmentation, {"cost_channels": 8}),
+        (FCCLIPForSegmentation, QUERIES),
+    ],
+)
+def test_trained_segmenters_are_used_alike(parts, tiny_images, tmp_path, kind, options):
+    dense, processor = parts
+    trained = kind.from_clip(dense, **options)
+    for part in (trained, processor):
+        part.save_pretrained(tmp_path / "trained")
+    model, loaded = load_segmenter(tmp_path / "trained")
+    assert type(model) is kind
+    labels = ["cat", "sofa; couch", "wall"]
+    results = segment(model, loaded, tiny_images[:3], labels)
+    assert [result.segmentation.shape for result in results] == [(40, 48)] * 3
+    assert all(0 <= int(result.segmentation.min()) <= int(result.segmentation.max()) < 3 for result in results)
+    if kind is DeepLabV3PlusForSegmentation:  # untrained, it adds nothing to the CLIP's embeddings
+        found = segment(dense, processor, tiny_images[0], labels)[0]
+        assert (results[0].segmentation == found.segmentation).float().mean() > 0.9
+    choices: list[dict[str, Any]] = [{"mode": "sclip"}, {"inference": "slide"}]
+    for choice in choices:
+        with pytest.raises(ValueError, match="A trained segmenter reads whole images in the mode"):
+            segment(model, loaded, tiny_images[0], labels, **choice)
