@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_catseg import CATSegConfig
 from .configuration_sparse_clip import SparseCLIPVisionConfig
 from .modeling_open_vocabulary import (
+    READS,
     OpenVocabularyModel,
     OpenVocabularySegmenterOutput,
     check_labels,
@@ -33,7 +34,6 @@ MLP_RATIO = 4
 # Of classes that the prefilter drops: no softmax or sigmoid sees it, and half precision holds it.
 DROPPED_LOGIT = -1e4
 TINY = 1e-6
-QUERY_MODES = ("vanilla", "sclip", "clearclip")  # dense modes that read the queries of the last block
 # Values in the widest map of the decoder that are held at once; more classes go through it in several parts.
 _DECODER_VALUES = 2**25
 
@@ -355,15 +355,8 @@ class CATSegForSegmentation(OpenVocabularyModel):
                 continue
             layer.self_attn.v_proj.requires_grad_(True)
             # Distributed training waits in vain for the gradient of what no mode reads.
-            is_read = layer is not self._layers[-1] or mode in QUERY_MODES
+            is_read = layer is not self._layers[-1] or "q" in READS[mode]
             layer.self_attn.q_proj.requires_grad_(is_read)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as [`PreTrainedModel.from_pretrained`] does; the same parameters train as of a new model."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._set_trainable()
-        return loaded
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
         self,

@@ -97,19 +97,12 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
         layers = cast("SparseCLIPVisionConfig", config.vision_config).num_hidden_layers
         self.low_level_layer = config.low_level_layer or max(1, round(layers / 3))
         self.post_init()
-        self._freeze_text()
+        self._set_trainable()
 
-    def _freeze_text(self) -> None:
+    def _set_trainable(self) -> None:
         for unused in (self.text_model, self.text_projection, self.visual_projection):
             unused.requires_grad_(False)
         self.logit_scale.requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as [`PreTrainedModel.from_pretrained`] does; the text tower stays frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_text()
-        return loaded
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
         self,

@@ -114,9 +114,9 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
         super().__init__(config)
         self.head = FCCLIPHead(config)
         self.post_init()
-        self._freeze()
+        self._set_trainable()
 
-    def _freeze(self) -> None:
+    def _set_trainable(self) -> None:
         for part in self._frozen_parts:
             part.requires_grad_(False).eval()
         self.logit_scale.requires_grad_(False)
@@ -131,13 +131,6 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
         for part in self._frozen_parts:
             part.eval()
         return self
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as [`PreTrainedModel.from_pretrained`] does; CLIP stays frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
-        return loaded
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -30,7 +30,8 @@ REMEMBERED_VOCABULARIES = 8
 # Keys of a configuration that belong to one saved model, not to the architecture.
 _PER_FILE_KEYS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
-_READS = {"vanilla": "qkv", "maskclip": "v", "sclip": "qkv", "clearclip": "qv", "naclip": "kv"}
+# Which of queries, keys and values of the last block a mode reads.
+READS = {"vanilla": "qkv", "maskclip": "v", "sclip": "qkv", "clearclip": "qv", "naclip": "kv"}
 _PUBLISHED_REDUCED = {"vanilla": False, "maskclip": True, "sclip": False, "clearclip": True, "naclip": True}
 
 
@@ -59,6 +60,16 @@ class OpenVocabularyModel(SparseCLIPModel):
     """A CLIP that segments: it turns a vocabulary into text embeddings, and images into dense ones."""
 
     main_input_name = "pixel_values"
+
+    def _set_trainable(self) -> None:
+        """Freeze what this class never trains; heads call it when they are built."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as [`PreTrainedModel.from_pretrained`] does; the same parameters train as of a new model."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._set_trainable()
+        return loaded
 
     @classmethod
     def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> Self:
@@ -189,7 +200,7 @@ class OpenVocabularyModel(SparseCLIPModel):
 def _attend(attention: SparseCLIPAttention, hidden: torch.Tensor, grid: tuple[int, int], mode: str) -> torch.Tensor:
     """Apply the block's own projections with the attention of `mode`; returns `(batch_size, tokens, hidden_size)`."""
     # What a mode does not read is not computed.
-    *compared, v = attention.project(hidden, _READS[mode])
+    *compared, v = attention.project(hidden, READS[mode])
     scale = attention.scale
     if mode == "maskclip":
         output = v
