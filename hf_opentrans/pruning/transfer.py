@@ -162,8 +162,9 @@ def transfer(
     start = time.perf_counter()
     host = HostTower.of(target, prefix)
     check_same_size(host, source.vision_config)
-    check_finite(host.tensors())
-    matches = {name: source.weights.compare(name, tensor) for name, tensor in host.tensors().items()}
+    dense_tensors = host.tensors()
+    check_finite(dense_tensors)
+    matches = {name: source.weights.compare(name, tensor) for name, tensor in dense_tensors.items()}
     is_same = all(match.status in ("equal", "close") for match in matches.values())
     small, weights, count, notes = None, COMPENSATED, 0, ()
     if not is_same:
@@ -173,11 +174,11 @@ def transfer(
     tensors = dict(source.tensors) if small is None else Tower.of(small).named_tensors()
     if host.projection is None:
         tensors.pop("visual_projection.weight", None)
-    before = {name: tuple(value.shape) for name, value in host.tensors().items()}
+    before = {name: tuple(value.shape) for name, value in dense_tensors.items()}
     small_config = source.config if small is None else Tower.of(small).vision.config
     own = host.sparse_config()
-    depth, dense_macs = len(host.layers), _cost(own, own, len(host.layers))
-    dense_params = sum(value.numel() for value in host.tensors().values())
+    depth = len(host.layers)
+    dense_params = sum(value.numel() for value in dense_tensors.values())
     model, cuts = _installed(host, source, small_config, tensors, inplace, drop_unused)
     report = TransferReport(
         target=type(target).__name__,
@@ -187,7 +188,7 @@ def transfer(
         params=sum(value.numel() for value in tensors.values()) - sum(cut.params for cut in cuts),
         dense_params=dense_params,
         macs=_cost(small_config, own, depth - sum(cut.blocks for cut in cuts)),
-        dense_macs=dense_macs,
+        dense_macs=_cost(own, own, depth),
         cuts=cuts,
         images=count,
         seconds=time.perf_counter() - start,
