@@ -7,12 +7,14 @@ from .models.configuration_catseg import CATSegConfig
 from .models.configuration_clip_resnet import CLIPResNetVisionConfig
 from .models.configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .models.configuration_fcclip import FCCLIPConfig
+from .models.configuration_gkc import GKCConfig
 from .models.configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
 from .models.modeling_catseg import CATSegForSegmentation
 from .models.modeling_clip_resnet import CLIPResNetVisionModel
 from .models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from .models.modeling_dense_clip import DenseCLIPForSegmentation
 from .models.modeling_fcclip import FCCLIPForSegmentation
+from .models.modeling_gkc import GKCForSegmentation
 from .models.modeling_open_vocabulary import OpenVocabularySegmenterOutput
 from .models.modeling_sparse_clip import (
     SparseCLIPModel,
@@ -25,7 +27,10 @@ from .models.segmentation_result import SegmentationResult
 from .models.segmenting import segment
 from .models.vocabulary import Vocabulary
 from .pruning import (
+    ChannelPruningReport,
+    ChannelPruningResult,
     LatencyTable,
+    NominalAccount,
     PruningConfig,
     PruningPlan,
     PruningReport,
@@ -36,6 +41,8 @@ from .pruning import (
     apply_masks,
     load_transferred,
     measure_latency_table,
+    nominal_account,
+    prune_channels,
     prune_model,
     save_transferred,
     slice_model,
@@ -68,6 +75,7 @@ for _config, _model in (
     (DeepLabV3PlusConfig, DeepLabV3PlusForSegmentation),
     (CATSegConfig, CATSegForSegmentation),
     (FCCLIPConfig, FCCLIPForSegmentation),
+    (GKCConfig, GKCForSegmentation),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModelForSemanticSegmentation.register(_config, _model)
@@ -83,13 +91,18 @@ __all__ = [
     "CATSegForSegmentation",
     "CLIPResNetVisionConfig",
     "CLIPResNetVisionModel",
+    "ChannelPruningReport",
+    "ChannelPruningResult",
     "DeepLabV3PlusConfig",
     "DeepLabV3PlusForSegmentation",
     "DenseCLIPForSegmentation",
     "FCCLIPConfig",
     "FCCLIPForSegmentation",
+    "GKCConfig",
+    "GKCForSegmentation",
     "LatencyTable",
     "LayerSelection",
+    "NominalAccount",
     "OpenVocabularyProcessor",
     "OpenVocabularySegmenterOutput",
     "PruningConfig",
@@ -116,8 +129,10 @@ __all__ = [
     "get_peft_model",
     "load_transferred",
     "measure_latency_table",
+    "nominal_account",
     "post_process_instance_segmentation",
     "post_process_panoptic_segmentation",
+    "prune_channels",
     "prune_model",
     "save_transferred",
     "segment",

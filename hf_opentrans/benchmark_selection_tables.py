@@ -111,8 +111,11 @@ def paired_difference(rows: Sequence[SelectionRow], rule: str, score: str, base:
             values[row.rule][row.seed] = getattr(row, score)
     both = sorted(set(values[rule]) & set(values[base]))
     changes = [values[rule][seed] - values[base][seed] for seed in both]
-    if len(changes) < 2:
-        return None
+    return interval(changes) if len(changes) > 1 else None
+
+
+def interval(changes: Sequence[float]) -> Difference:
+    """Return the mean of paired differences, at least two, and its 95 % interval (Student's t)."""
     mean, error = statistics.fmean(changes), statistics.stdev(changes) / len(changes) ** 0.5
     reach = float(stdtrit(len(changes) - 1, (1 + LEVEL) / 2)) * error
     return Difference(mean, mean - reach, mean + reach)

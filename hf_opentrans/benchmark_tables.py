@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_opentrans.benchmark_cuts import CutRow, cuts_notes, cuts_table
 from hf_opentrans.benchmark_recovery_tables import RecoveryRow, recovery_notes, recovery_table
 from hf_opentrans.benchmark_scale import ScaleRow, scale_table
 from hf_opentrans.benchmark_selection_tables import SelectionRow, StepTiming, selection_notes, selection_table
 from hf_opentrans.benchmark_spectra import SpectraRow, spectra_table
+from hf_opentrans.benchmark_transfer_tables import (
+    TransferRow,
+    TransferTiming,
+    claim_table,
+    transfer_notes,
+    transfer_table,
+)
 from hf_opentrans.benchmarks import LatencyRow, MethodRow
 
 Table = tuple[list[str], list[list[str]]]
@@ -168,9 +176,16 @@ def result_table(values: dict[str, Any]) -> str:
     elif "distill_seconds" in rows[0]:
         recovered = [RecoveryRow(**row) for row in rows]
         table, notes = recovery_table(recovered), recovery_notes(recovered)
+    elif "framework" in rows[0]:
+        moved = [TransferRow(**row) for row in rows]
+        table = transfer_table(moved, [TransferTiming(**timing) for timing in values["timings"]])
+        notes = [*transfer_notes(moved, values["settings"]), markdown_table(claim_table(moved))]
     elif "method" in rows[0]:
         methods = [MethodRow(**row) for row in rows]
         table, notes = method_table(methods), method_notes(methods, values.get("skipped", ()))
+    elif "ms_before" in rows[0]:
+        cuts = [CutRow(**row) for row in rows]
+        table, notes = cuts_table(cuts), cuts_notes(cuts)
     elif "speed_up" in rows[0]:
         table = latency_table([LatencyRow(**row) for row in rows])
     else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -18,11 +18,13 @@ from transformers.utils.hub import cached_file
 
 from hf_opentrans._checks import check_finite
 from hf_opentrans.models.auto_segmentation import AutoModelForOpenVocabularySegmentation
+from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig
 from hf_opentrans.models.configuration_sparse_clip import (
     CLIP_MODEL_TYPES,
     VISION_MODEL_TYPES,
     SparseCLIPVisionConfig,
 )
+from hf_opentrans.models.modeling_clip_resnet import CLIPResNetVisionModel
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel, SparseCLIPVisionModel
@@ -103,12 +105,57 @@ def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
     return Loaded(model, processor, path, disk_dtype)
 
 
-def load_any(name: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+@dataclass(frozen=True)
+class LoadedResNet:
+    """A CLIP ResNet with what prepares its input.
+
+    Args:
+        model: The model, in float32, in eval mode.
+        image_processor: The folder's own, or CLIP's where it has none.
+        path: Where it came from.
+        disk_dtype: Precision of the weights in the files.
+    """
+
+    model: CLIPResNetVisionModel
+    image_processor: Any
+    path: str
+    disk_dtype: torch.dtype
+
+
+def load_clip_resnet(name: str | Path, *, revision: str | None = None) -> LoadedResNet | None:
+    """Load a CLIP ResNet with its image processor; return None where the model is of another type.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or model.
+        ValueError: If its files are damaged.
+    """
+    path = resolve_model(name)
+    with _clear_errors(path), quiet_transformers():
+        values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        if values.get("model_type") != CLIPResNetVisionConfig.model_type:
+            return None
+        model = CLIPResNetVisionModel.from_pretrained(path, revision=revision or "main", dtype=torch.float32).eval()
+        check_finite(model.state_dict())
+        try:
+            processor = load_processor(path, revision=revision, text=False)
+        except OSError:  # of a model that was built from a state dict
+            side = model.config.image_size
+            processor = CLIPImageProcessorPil(
+                size={"shortest_edge": side},  # pyright: ignore[reportCallIssue]
+                crop_size={"height": side, "width": side},  # pyright: ignore[reportCallIssue]
+            )
+        return LoadedResNet(model, processor, path, _disk_dtype(path, revision))
+
+
+def load_any(
+    name: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = torch.float32
+) -> PreTrainedModel:
     """Load any transformers model by the class that its config names; a CLIP as the sparse class of its kind.
 
     Args:
         name: A folder, a Hub id, or "clip-scenes".
         revision: Commit, tag or branch on the Hub.
+        dtype: Precision of the weights; None for that of the files.
 
     Raises:
         FileNotFoundError: If there is no such folder or model.
@@ -118,9 +165,10 @@ def load_any(name: str | Path, *, revision: str | None = None) -> PreTrainedMode
     with _clear_errors(path), quiet_transformers():
         values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         if str(values.get("model_type")) in (*CLIP_MODEL_TYPES, *VISION_MODEL_TYPES):
-            return load_clip(path, revision=revision).model
+            loaded = load_clip(path, revision=revision)
+            return cast("Any", loaded.model).to(dtype or loaded.disk_dtype)
         named = getattr(transformers, (values.get("architectures") or [""])[0], AutoModel)
-        model = named.from_pretrained(path, revision=revision, dtype=torch.float32).eval()
+        model = named.from_pretrained(path, revision=revision, dtype=dtype or "auto").eval()
         check_finite(model.state_dict())
     return model
 

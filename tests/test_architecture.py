@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "hf_opentrans"
 # a package is its __init__ and "." is the root. No row lists the cli but its own.
 CONFIGS, MODELINGS = "models.configuration_*", "models.modeling_*"
 CLIP, OPEN = "models.modeling_sparse_clip", "models.modeling_open_vocabulary"
-QUERIES = "models.modeling_mask_queries"
+QUERIES, QUERY_BASE = "models.modeling_mask_queries", "models.modeling_mask_query_base"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
 ALL_BUT_CLI = "_* models* data* pruning* spectra* training* loading evaluation benchmark* demo*"
 MAY_IMPORT = {
@@ -29,7 +29,8 @@ MAY_IMPORT = {
     CLIP: CONFIGS,
     OPEN: f"{CONFIGS} {CLIP} models.vocabulary",
     QUERIES: f"{CONFIGS} {CLIP} {OPEN} models.vocabulary",
-    MODELINGS: f"{CONFIGS} {CLIP} {OPEN} {QUERIES} models.vocabulary",  # never each other
+    QUERY_BASE: f"{CONFIGS} {CLIP} {OPEN} {QUERIES} models.vocabulary",
+    MODELINGS: f"{CONFIGS} {CLIP} {OPEN} {QUERIES} {QUERY_BASE} models.vocabulary",  # never each other
     "models.auto_segmentation": f"{CONFIGS} {MODELINGS}",
     "models.vocabulary": TEXT,
     "models.processing_*": f"{TEXT} models.segmentation_result {MODELINGS}",
@@ -58,6 +59,7 @@ PRUNING_ORDER = ["plan", "macs", "sizes", "calibration statistics", "importance 
 PRUNING_ORDER += ["allocation foreign", "menus search", "reconstruction", "refit", "surgery"]
 PRUNING_ORDER += ["latency latency_timing", "baselines", "selection", "hosts", "unused", "transfer", "transferred"]
 PRUNING_ORDER += ["subnetwork", "report", "summary", "prune"]
+PRUNING_ORDER += ["channel_statistics", "channel_selection channel_rebuild", "channels"]
 RANK = {f"pruning.{name}": i for i, level in enumerate(PRUNING_ORDER, 1) for name in level.split()}
 # Files in models/ travel with checkpoints as remote code.
 REMOTE_CODE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | sys.stdlib_module_names

@@ -236,7 +236,7 @@ def test_mixed_precision_trains(tmp_path, base):
         (["--select", "best"], "select is 'best'. It must be one of full, head, own, lora, alpha", USAGE),
         (["--fraction", 0], "fraction is 0.0. It must lie in (0, 1]", USAGE),
         (["--steps", 0], "steps is 0. It must be positive", USAGE),
-        (["--framework", "gkc"], "framework is 'gkc'. It must be one of deeplabv3plus, catseg, fcclip", USAGE),
+        (["--framework", "zs3"], "framework is 'zs3'. It must be one of deeplabv3plus, catseg, fcclip, gkc", USAGE),
         (["--split", "test"], "There is no split 'test'", FAILURE),
         (["--resume"], "There is no checkpoint", FAILURE),
     ],

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 from typer.testing import CliRunner
 
-from hf_opentrans import PruningConfig, SparseCLIPModel, load_transferred, prune_model
+from hf_opentrans import PruningConfig, SparseCLIPModel, Subnetwork, load_transferred, prune_model
 from hf_opentrans.cli import app
 
 
@@ -60,6 +61,52 @@ def test_transfer_into_a_clip_keeps_its_processor(tmp_path, pruned, tiny_clip_fo
     assert done.exit_code == 0, done.output
     assert type(load_transferred(tmp_path / "out")) is SparseCLIPModel
     assert (tmp_path / "out/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_target_keeps_its_precision(tmp_path, pruned, clipseg_folder, dtype):
+    model = CLIPSegForImageSegmentation.from_pretrained(clipseg_folder).to(dtype)
+    model.save_pretrained(clipseg_folder)
+    done = run("transfer", pruned, clipseg_folder, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "compensated weights" in done.output
+    loaded = load_transferred(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as opened:
+        names = list(opened.keys())
+        assert {opened.get_tensor(name).dtype for name in names if "position_ids" not in name} == {dtype}
+    expected = Subnetwork.from_pretrained(pruned / "subnetwork").apply_to(model.eval()).model
+    inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "pixel_values": torch.randn(1, 3, 32, 32, dtype=dtype)}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, expected(**inputs).logits)
+
+
+def test_a_half_precision_clip_stays_one(tmp_path, pruned, tiny_clip, tiny_clip_folder):
+    tiny_clip.half().save_pretrained(tiny_clip_folder)
+    done = run("transfer", pruned, tiny_clip_folder, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert load_transferred(tmp_path / "out").dtype == torch.float16
+
+
+def test_a_refit_is_computed_in_float32_and_saved_in_half_precision(tmp_path, clipseg_folder, tiny_clip, tiny_images):
+    source = prune_model(tiny_clip, tiny_images * 5, PruningConfig(keep=0.9, method="magnitude")).subnetwork
+    source.save_pretrained(tmp_path / "sub")
+    model = CLIPSegForImageSegmentation.from_pretrained(clipseg_folder)
+    with torch.no_grad():
+        for parameter in model.clip.vision_model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.half().save_pretrained(clipseg_folder)
+    many = tmp_path / "many"
+    many.mkdir()
+    for index in range(40):
+        tiny_images[index % 8].rotate(index).save(many / f"{index}.png")
+    done = run("transfer", tmp_path / "sub", clipseg_folder, "--output", tmp_path / "out", "--images", many)
+    assert done.exit_code == 0, done.output
+    assert "plan, refitted" in done.output
+    found = load_transferred(tmp_path / "out").clip.vision_model
+    whole = source.apply_to(model.float(), many, config=PruningConfig(num_images=256)).model
+    state = whole.clip.vision_model.state_dict()
+    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in found.state_dict().items())
 
 
 def test_images_rebuild_other_weights(tmp_path, pruned, clipseg_folder, images):

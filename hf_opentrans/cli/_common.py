@@ -19,7 +19,7 @@ from hf_opentrans.benchmarks import environment
 
 USAGE_EXIT, FAILURE_EXIT, INTERRUPTED_EXIT = 2, 1, 130
 # Options that take several values: `--keep 0.7 0.5` is `--keep 0.7 --keep 0.5`.
-SEVERAL = {"--keep", "--methods", "--batch", "--models", "--rules", "--runs"}
+SEVERAL = {"--frameworks", "--keep", "--methods", "--batch", "--models", "--rules", "--runs"}
 
 app = typer.Typer(
     help="Prune a CLIP image encoder once, without labels; segment by text; save it; load it anywhere.",

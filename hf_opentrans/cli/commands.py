@@ -31,12 +31,18 @@ from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.scenes import SceneGenerator, write_scenes
 from hf_opentrans.demo import run_demo
 from hf_opentrans.evaluation import evaluate_segmentation, folder_samples
-from hf_opentrans.loading import embedded_names, load_clip, load_segmenter
+from hf_opentrans.loading import LoadedResNet, embedded_names, load_clip, load_clip_resnet, load_segmenter
 from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.image_loading import load_rgb
 from hf_opentrans.models.segmentation_result import SegmentationResult
 from hf_opentrans.models.segmenting import segment as segment_images
 from hf_opentrans.models.vocabulary import Vocabulary
+from hf_opentrans.pruning.channels import (
+    CHANNEL_REPORT_FILE,
+    ChannelPruningReport,
+    check_channel_config,
+    prune_channels,
+)
 from hf_opentrans.pruning.latency import LatencyTable
 from hf_opentrans.pruning.macs import TowerCost, layer_widths
 from hf_opentrans.pruning.plan import METHODS, SEARCHES, SOLVERS, UNITS, PruningConfig
@@ -133,6 +139,9 @@ def prune(
         require("demo", "matplotlib")
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     start_processes()
+    if (resnet := load_clip_resnet(model)) is not None:
+        _prune_resnet(resnet, images, output, config, {"--plot": plot, "--latency-table": latency_table}, json_file)
+        return
     check_output_folder(output, marker=REPORT_FILE)
     loaded = load_clip(model)
     with usage():
@@ -140,24 +149,56 @@ def prune(
     options = {"image_processor": loaded.image_processor, "latency_table": table, "progress": shows_progress()}
     result = prune_model(loaded.model, images, config, **options)
     result.save_pretrained(output, loaded.processor, disk_dtype=loaded.disk_dtype)
-    if not is_main_process():
-        return
-    report = result.report
-    if plot is not None:
-        report.plot(plot)
-    disk = {"dense": _weight_bytes(Path(loaded.path)), "pruned": _weight_bytes(output)}
-    show_table(_layer_table(report), title=f"{model} pruned by {method} to keep {keep:g} of its {unit}")
+    if is_main_process():
+        if plot is not None:
+            result.report.plot(plot)
+        _print_pruning(model, result.report, Path(loaded.path), output, json_file)
+
+
+def _prune_resnet(
+    loaded: LoadedResNet,
+    images: str,
+    output: Path,
+    config: PruningConfig,
+    refused: dict[str, Path | None],
+    json_file: Path | None,
+) -> None:
+    """Prune the channels of a CLIP ResNet and save the smaller model."""
+    with usage():
+        for option, value in refused.items():
+            if value is not None:
+                raise ValueError(f"{option} is given for a CLIP ResNet. It is for ViTs alone. Leave it out.")
+        check_channel_config(config)
+    check_output_folder(output, marker=CHANNEL_REPORT_FILE)
+    options = {"image_processor": loaded.image_processor, "progress": shows_progress()}
+    result = prune_channels(loaded.model, images, config, **options)
+    result.save_pretrained(output, loaded.image_processor, disk_dtype=loaded.disk_dtype)
+    if is_main_process():
+        _print_pruning(loaded.path, result.report, Path(loaded.path), output, json_file)
+
+
+def _print_pruning(
+    model: str, report: PruningReport | ChannelPruningReport, source: Path, output: Path, json_file: Path | None
+) -> None:
+    """Show what pruning did, and write it to a file where one is asked for."""
+    disk = {"dense": _weight_bytes(source), "pruned": _weight_bytes(output)}
+    config = report.config
+    table = _layer_table(report) if isinstance(report, PruningReport) else _bottleneck_table(report)
+    title = f"{model} pruned by {config['method']} to keep {config['keep']:g} of its {config['unit']}"
+    show_table(table, title=title)
     _print_summary(report, disk, output)
-    save_json(json_file, command_line(), {"model": model, "report": report.to_dict(), "bytes": disk, "seed": seed})
+    values = {"model": model, "report": report.to_dict(), "bytes": disk, "seed": config["seed"]}
+    save_json(json_file, command_line(), values)
 
 
-def _print_summary(report: PruningReport, disk: dict[str, int | None], output: Path) -> None:
+def _print_summary(report: PruningReport | ChannelPruningReport, disk: dict[str, int | None], output: Path) -> None:
+    counted = "of the vision tower" if isinstance(report, PruningReport) else "of all convolutions"
     for name, before, after in (
         ("MACs", report.dense_macs, report.macs),
         ("params", report.dense_params, report.params),
     ):
-        out.print(f"{name} of the vision tower: {before / 1e6:,.1f} M -> {after / 1e6:,.1f} M ({after / before:.1%})")
-    if report.nominal_macs is not None:
+        out.print(f"{name} {counted}: {before / 1e6:,.1f} M -> {after / 1e6:,.1f} M ({after / before:.1%})")
+    if isinstance(report, PruningReport) and report.nominal_macs is not None:
         out.print(f"nominal MACs, if zeros cost nothing: {report.nominal_macs / 1e6:,.1f} M")
     if disk["dense"] and disk["pruned"]:
         out.print(f"weights on disk (all towers): {disk['dense'] / 1e6:,.1f} MB -> {disk['pruned'] / 1e6:,.1f} MB")
@@ -182,6 +223,16 @@ def _layer_table(report: PruningReport) -> tuple[list[str], list[list[str]]]:
         cells.append(line)
     measured = [i for i in range(len(header)) if i < 5 or any(line[i] != "-" for line in cells)]
     return [header[i] for i in measured], [[line[i] for i in measured] for line in cells]
+
+
+def _bottleneck_table(report: ChannelPruningReport) -> tuple[list[str], list[list[str]]]:
+    header = ["bottleneck", "first width", "second width", "conv2 refit", "conv3 refit"]
+    cells = []
+    for b in report.bottlenecks:
+        line = [b.name, f"{b.first}/{b.dense_first}", f"{b.second}/{b.dense_second}"]
+        line += [_change(b.conv2_error_uncompensated, b.conv2_error)]
+        cells.append([*line, _change(b.conv3_error_uncompensated, b.conv3_error)])
+    return header, cells
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -35,7 +35,7 @@ def finetune(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a CLIP with both towers, or 'clip-scenes'.")],
     dataset: Annotated[Path, typer.Option(help="Folder with images/, masks/ and classes.json.")],
     output: Annotated[Path, typer.Option(help="Folder for the trained model.")],
-    framework: Annotated[str | None, typer.Option(help="deeplabv3plus | catseg | fcclip.")] = None,
+    framework: Annotated[str | None, typer.Option(help="deeplabv3plus | catseg | fcclip | gkc.")] = None,
     select: Annotated[str | None, typer.Option(help="Rule for the tower's layers, full | head | own | lora.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the layers that train.")] = None,
     granularity: Annotated[str | None, typer.Option(help="module | block.")] = None,

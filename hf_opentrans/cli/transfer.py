@@ -40,7 +40,7 @@ def transfer_command(
         config = PruningConfig(num_images=num_images, resolution=resolution, seed=seed)
     check_output_folder(output, marker=CONFIG_FILE)
     found = Subnetwork.from_pretrained(_subnetwork_folder(subnetwork))
-    model = load_any(target)
+    model = load_any(target, dtype=None)
     processor = _processor(target)
     result = found.apply_to(
         model,

@@ -7,11 +7,13 @@ from transformers import PreTrainedConfig
 from .configuration_catseg import CATSegConfig
 from .configuration_deeplabv3plus import DeepLabV3PlusConfig
 from .configuration_fcclip import FCCLIPConfig
+from .configuration_gkc import GKCConfig
 from .configuration_sparse_clip import CLIP_MODEL_TYPES
 from .modeling_catseg import CATSegForSegmentation
 from .modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from .modeling_dense_clip import DenseCLIPForSegmentation
 from .modeling_fcclip import FCCLIPForSegmentation
+from .modeling_gkc import GKCForSegmentation
 from .modeling_open_vocabulary import OpenVocabularyModel
 
 SEGMENTERS: dict[str, type[OpenVocabularyModel]] = dict.fromkeys(CLIP_MODEL_TYPES, DenseCLIPForSegmentation)
@@ -19,6 +21,7 @@ SEGMENTERS |= {
     DeepLabV3PlusConfig.model_type: DeepLabV3PlusForSegmentation,
     CATSegConfig.model_type: CATSegForSegmentation,
     FCCLIPConfig.model_type: FCCLIPForSegmentation,
+    GKCConfig.model_type: GKCForSegmentation,
 }
 
 

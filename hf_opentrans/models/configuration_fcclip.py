@@ -3,20 +3,16 @@
 This file travels with checkpoints as remote code: it imports nothing but transformers, huggingface_hub and siblings.
 """
 
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
+from .configuration_mask_queries import MaskQueriesConfig
 from .configuration_sparse_clip import SparseCLIPConfig
-
-PYRAMID_LEVELS = 4
-NORM_GROUPS = 32  # of the group norms in transformers' pixel decoder
-_COUNTS = ("hidden_dim", "num_queries", "encoder_layers", "decoder_layers", "feedforward_dim", "num_attention_heads")
-_WEIGHTS = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
 
 
 @strict
-class FCCLIPConfig(SparseCLIPConfig):
+class FCCLIPConfig(MaskQueriesConfig):
     r"""Configuration of a [`FCCLIPForSegmentation`]: a [`SparseCLIPConfig`] with mask queries.
 
     Args:
@@ -59,36 +55,15 @@ class FCCLIPConfig(SparseCLIPConfig):
     model_type = "sparse_clip_fcclip"
     readable_model_types = (model_type,)
 
-    hidden_dim: int = 256
     num_queries: int = 250
-    encoder_layers: int = 6
-    decoder_layers: int = 9
-    feedforward_dim: int = 2048
-    num_attention_heads: int = 8
-    feature_layers: list[int] | tuple[int, ...] | None = None
     ensemble_alpha: float | int = 0.4
     ensemble_beta: float | int = 0.8
-    class_weight: float | int = 2.0
-    mask_weight: float | int = 5.0
-    dice_weight: float | int = 5.0
-    no_object_weight: float | int = 0.1
-    train_num_points: int = 12544
     seen_classes: list[str] | tuple[str, ...] = ()
-    semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Lists, as the saved file gives them back.
+        # A list, as the saved file gives it back.
         self.seen_classes = list(self.seen_classes) if isinstance(self.seen_classes, tuple) else self.seen_classes
-        self.feature_layers = list(self.feature_layers) if self.feature_layers is not None else None
         super().__post_init__(**kwargs)
-
-    @property
-    def tapped_layers(self) -> tuple[int, ...]:
-        """Layers that the pyramid reads, counted from 1."""
-        if self.feature_layers is not None:
-            return tuple(self.feature_layers)
-        layers = cast("Any", self.vision_config).num_hidden_layers
-        return tuple(max(1, round(layers * level / PYRAMID_LEVELS)) for level in range(1, PYRAMID_LEVELS + 1))
 
     @property
     def seen_names(self) -> frozenset[str]:
@@ -103,45 +78,11 @@ class FCCLIPConfig(SparseCLIPConfig):
     def __eq__(self, other: object) -> bool:
         return SparseCLIPConfig.__eq__(self, other)  # the dataclass would bring its own
 
-    def validate_mask_queries(self) -> None:
-        """Part of `@strict`-powered validation."""
-        for name in (*_COUNTS, "train_num_points"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
-        if self.hidden_dim % NORM_GROUPS:
-            raise ValueError(
-                f"hidden_dim is {self.hidden_dim}. It must be a multiple of {NORM_GROUPS}, the groups of the pixel "
-                "decoder's norms. Correct it."
-            )
-        if self.hidden_dim % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_dim is {self.hidden_dim}, with num_attention_heads={self.num_attention_heads}. The heads "
-                "must divide the width. Correct one of them."
-            )
-        layers = getattr(self.vision_config, "num_hidden_layers", None)
-        if self.feature_layers is None or not layers:
-            return
-        if len(self.feature_layers) not in (1, PYRAMID_LEVELS) or not all(
-            1 <= n <= layers for n in self.feature_layers
-        ):
-            raise ValueError(
-                f"feature_layers is {self.feature_layers}. It must hold {PYRAMID_LEVELS} integers, or one, in "
-                f"[1, {layers}]. Correct it."
-            )
-
-    def validate_losses(self) -> None:
+    def validate_ensemble(self) -> None:
         """Part of `@strict`-powered validation."""
         for name in ("ensemble_alpha", "ensemble_beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must lie in [0, 1]. Correct it.")
-        for name in _WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}. It must not be negative. Correct it.")
-        if not self.class_weight + self.mask_weight + self.dice_weight:
-            raise ValueError(
-                "class_weight, mask_weight and dice_weight are all zero. There would be nothing to match queries by. "
-                "Raise one of them."
-            )
 
 
 __all__ = ["FCCLIPConfig"]

@@ -8,6 +8,7 @@ This file travels with checkpoints as remote code.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -106,10 +107,11 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         vocabulary: Vocabulary | None = None,
         text_embeddings: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        features: Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> OpenVocabularySegmenterOutput:
         """Compare every position with every text embedding; with labels, return their cross-entropy.
@@ -120,14 +122,18 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
             text_embeddings: Instead of a vocabulary, unit embeddings of shape `(queries, dim)`.
             labels: Index of the query of every pixel, `(batch_size, label_height, label_width)`, of any size;
                 `config.semantic_loss_ignore_index` where a pixel does not count.
+            features: Instead of `pixel_values`, what `encode` returned for them. Nothing of the tower is trained then.
             **kwargs: Ignored, so that a whole batch of a processor can be passed.
 
         Raises:
-            ValueError: If the image is no multiple of the patch size, the text is not encoded, or labels are given
-                without text or outside of it.
+            ValueError: If there are neither images nor features or both, the image is no multiple of the patch size,
+                the text is not encoded, or labels are given without text or outside of it.
         """
         text_embeddings = text_embeddings_of(vocabulary, text_embeddings)
-        embeds = self.head(*self._features(pixel_values))
+        if (pixel_values is None) == (features is None):
+            both = "both pixel_values and features" if features is not None else "neither pixel_values nor features"
+            raise ValueError(f"There are {both}. The head reads one of them. Pass pixel_values, or features.")
+        embeds = self.head(*(self.encode(pixel_values) if pixel_values is not None else cast("Any", features)))
         logits = loss = None
         if text_embeddings is not None:
             text_embeddings = text_embeddings.to(embeds.device, embeds.dtype)
@@ -136,22 +142,29 @@ class DeepLabV3PlusForSegmentation(OpenVocabularyModel):
             loss = _cross_entropy(logits, labels, self.config.semantic_loss_ignore_index)
         return OpenVocabularySegmenterOutput(loss=loss, logits=logits, dense_embeds=embeds, vocabulary=vocabulary)
 
-    def _features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return what the head reads: the map of the last layer, the low-level one, and CLIP's dense embeddings."""
+    def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what the head reads of images, to keep it where the tower is frozen (then under `torch.no_grad`).
+
+        Args:
+            pixel_values: Images of shape `(batch_size, 3, height, width)`, both sides multiples of the patch size.
+
+        Returns:
+            The maps of the last layer and of `low_level_layer`, `(batch_size, hidden_size, grid_height, grid_width)`,
+            and, with `clip_residual`, CLIP's unit dense embeddings, `(batch_size, dim, grid_height, grid_width)`.
+        """
         grid = self._grid(pixel_values)
         before, taps = self._run_blocks(pixel_values, (self.low_level_layer,))
         last = self._layers[-1](before, None)
         tokens = self.vision_model.post_layernorm(last[:, 1:])
-        dense_embeds = None
-        if self.config.clip_residual:
-            mode, reduced = self._resolve_mode(None, None)
-            if (mode, reduced) == ("vanilla", False):
-                dense_embeds = self._to_embeds(tokens, grid)
-            else:
-                dense = self._last_block(before, grid, mode, reduced)
-                dense_embeds = self._to_embeds(self.vision_model.post_layernorm(dense[:, 1:]), grid)
         low = (taps[self.low_level_layer] if taps else last)[:, 1:]
-        return tokens.transpose(1, 2).unflatten(2, grid), low.transpose(1, 2).unflatten(2, grid), dense_embeds
+        maps = tokens.transpose(1, 2).unflatten(2, grid), low.transpose(1, 2).unflatten(2, grid)
+        if not self.config.clip_residual:
+            return maps
+        mode, reduced = self._resolve_mode(None, None)
+        if (mode, reduced) != ("vanilla", False):
+            dense = self._last_block(before, grid, mode, reduced)
+            tokens = self.vision_model.post_layernorm(dense[:, 1:])
+        return (*maps, self._to_embeds(tokens, grid))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,14 +6,12 @@ trained, so `encode` can be run once per image and its result be kept.
 This file travels with checkpoints as remote code.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import initialization as init
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerMLPPredictionHead
 
 from .configuration_fcclip import FCCLIPConfig
@@ -22,32 +20,24 @@ from .modeling_mask_queries import (
     MaskQueriesLoss,
     MaskQueriesOutput,
     MaskQueryDecoder,
-    MaskTargets,
     TextClasses,
     hard_mask_pool,
-    instance_targets,
     mask2former_config,
     semantic_logits,
-    semantic_targets,
     text_classes,
 )
-from .modeling_open_vocabulary import OpenVocabularyModel
+from .modeling_mask_query_base import MaskQueriesModel, TextClassifier
 from .vocabulary import Vocabulary
 
-INITIAL_SCALE = 1 / 0.07  # CLIP's own at the start of its training
-LARGEST_SCALE = 100.0
 
-
-class InVocabularyClassifier(nn.Module):
+class InVocabularyClassifier(TextClassifier):
     """Compares masks with text, by what the pixel decoder sees inside of them and by the states of their queries."""
 
     def __init__(self, hidden_dim: int, projection_dim: int) -> None:
-        super().__init__()
+        super().__init__(projection_dim)
         self.pool_norm = nn.LayerNorm(hidden_dim)
         self.pool_proj = nn.Linear(hidden_dim, hidden_dim)
         self.class_embed = Mask2FormerMLPPredictionHead(hidden_dim, hidden_dim, projection_dim)
-        self.void_embed = nn.Parameter(torch.empty(projection_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
 
     def forward(
         self, mask_features: torch.Tensor, masks: torch.Tensor, queries: torch.Tensor, text: TextClasses
@@ -62,9 +52,7 @@ class InVocabularyClassifier(nn.Module):
         """
         pooled, _ = hard_mask_pool(mask_features, masks)
         embeds = normalize(self.class_embed(self.pool_proj(self.pool_norm(pooled)) + queries), dim=-1)
-        real = text.best_alias(embeds @ text.embeddings.T)
-        void = embeds @ normalize(self.void_embed, dim=0)[:, None]
-        return self.logit_scale.exp().clamp(max=LARGEST_SCALE) * torch.cat([real, void], -1)
+        return self.compare(embeds, text)
 
 
 class FCCLIPHead(nn.Module):
@@ -101,10 +89,12 @@ def geometric_ensemble(
     return torch.cat([mixed + real, with_void[..., -1:]], -1)
 
 
-class FCCLIPForSegmentation(OpenVocabularyModel):
+class FCCLIPForSegmentation(MaskQueriesModel):
     """A frozen CLIP with trained mask queries: semantic, instance and panoptic segmentation by text.
 
-    The vision and the text tower have no gradients, keep no graph, and stay in evaluation mode.
+    The vision and the text tower have no gradients, keep no graph, and stay in evaluation mode. Behind the maps
+    `encode` returns CLIP's unit dense embeddings, `(batch_size, dim, grid_height, grid_width)`, which depend on
+    `config.segmentation_mode`.
     """
 
     config: FCCLIPConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -132,27 +122,13 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
             part.eval()
         return self
 
+    @property
+    def _more_features(self) -> tuple[str, ...]:
+        return ("the dense embeddings",)
+
     @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return all that the head reads of the frozen tower, to be kept and given to `forward` as `features`.
-
-        Args:
-            pixel_values: Images of shape `(batch_size, 3, height, width)`, both sides multiples of the patch size.
-
-        Returns:
-            The maps of `config.tapped_layers`, each `(batch_size, hidden_size, grid_height, grid_width)`, and last
-            CLIP's unit dense embeddings, `(batch_size, dim, grid_height, grid_width)`. They depend on the tower and on
-            `segmentation_mode` alone.
-        """
-        grid = self._grid(pixel_values)
-        mode, reduced = self._resolve_mode(None, None)
-        layers, depth = self.config.tapped_layers, len(self._layers)
-        before, taps = self._run_blocks(pixel_values, layers)
-        dense = self._last_block(before, grid, mode, reduced)
-        if depth in layers:
-            taps[depth] = dense if (mode, reduced) == ("vanilla", False) else self._layers[-1](before, None)
-        maps = [taps[layer][:, 1:].transpose(1, 2).unflatten(2, grid) for layer in layers]
-        return (*maps, self._to_embeds(self.vision_model.post_layernorm(dense[:, 1:]), grid))
+    def _read_tower(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._read_tower_and_clip(pixel_values)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another task, another signature
         self,
@@ -216,45 +192,6 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
             outputs.logits = text.to_queries(semantic_logits(best, masks))
         return outputs
 
-    def _features(
-        self, pixel_values: torch.Tensor | None, features: Sequence[torch.Tensor] | None
-    ) -> Sequence[torch.Tensor]:
-        if (pixel_values is None) == (features is None):
-            raise ValueError(
-                f"There are {'no pixel_values and no' if features is None else 'both pixel_values and'} features. "
-                "Exactly one of them must be given: features are what encode(pixel_values) returns. Correct the call."
-            )
-        if features is None:
-            return self.encode(cast("torch.Tensor", pixel_values))
-        if len(features) != len(self.config.tapped_layers) + 1:
-            raise ValueError(
-                f"There are {len(features)} features. They must be the {len(self.config.tapped_layers)} maps of the "
-                "tower and the dense embeddings, as encode(pixel_values) returns them. Encode the images again."
-            )
-        return [part.to(self.logit_scale) for part in features]  # kept elsewhere, or in half precision
-
-    def _targets(
-        self,
-        text: TextClasses | None,
-        labels: torch.Tensor | None,
-        mask_labels: Sequence[torch.Tensor] | None,
-        class_labels: Sequence[torch.Tensor] | None,
-        batch_size: int,
-    ) -> MaskTargets | None:
-        if labels is None and mask_labels is None and class_labels is None:
-            return None
-        if text is None:
-            raise ValueError("There are labels and no text. The loss compares masks with names. Pass text_embeddings.")
-        if labels is not None and mask_labels is None and class_labels is None:
-            return semantic_targets(labels, batch_size, text.count, self.config.semantic_loss_ignore_index)
-        if labels is None and mask_labels is not None and class_labels is not None:
-            return instance_targets(mask_labels, class_labels, batch_size, text.count)
-        given = {"labels": labels, "mask_labels": mask_labels, "class_labels": class_labels}
-        raise ValueError(
-            f"There are {' and '.join(name for name, value in given.items() if value is not None)}. It must be labels "
-            "alone, or mask_labels with class_labels. Correct the call."
-        )
-
     def _clip_weights(self, vocabulary: Vocabulary | None, text: TextClasses) -> torch.Tensor:
         """Return the weight of CLIP's own classification for every class, `(classes,)`."""
         config, seen = self.config, self.config.seen_names
@@ -275,17 +212,6 @@ class FCCLIPForSegmentation(OpenVocabularyModel):
         pooled, is_valid = hard_mask_pool(dense, masks)
         cosines = text.best_alias(normalize(pooled, dim=-1) @ text.embeddings.T)
         return geometric_ensemble(in_vocabulary, self.logit_scale.exp() * cosines, weights, is_valid)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, InVocabularyClassifier):
-            init.normal_(module.void_embed)
-            init.constant_(module.logit_scale, math.log(INITIAL_SCALE))
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):  # torch's own initialisation, as the reference has
-                    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-                    init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
 
 
 __all__ = ["FCCLIPForSegmentation"]

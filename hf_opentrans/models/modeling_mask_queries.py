@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import distributed, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as mask2former
 from transformers.models.mask2former.modeling_mask2former import (
@@ -35,6 +35,9 @@ from .vocabulary import Vocabulary
 MOST_GROUPS = 16
 LOWEST_LOGIT = -1e4  # of further aliases of a class: no probability, and finite in half precision too
 SMALLEST_SHARE = 1e-30  # of a class in a pixel, before the logarithm
+
+# For every image the matched queries and, in the same order, their masks.
+MatchedPairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -76,6 +79,11 @@ class TextClasses:
         best = logits.new_zeros(*logits.shape[:-1], self.count)
         index = self.query_to_class.expand_as(logits)
         return best.scatter_reduce(-1, index, logits, "amax", include_self=False)
+
+    def mean_alias(self) -> torch.Tensor:
+        """Return one unit embedding per class, the mean over its aliases, `(classes, dim)`."""
+        total = self.embeddings.new_zeros(self.count, self.embeddings.shape[1])
+        return normalize(total.index_add(0, self.query_to_class, self.embeddings), dim=-1)
 
     def to_queries(self, logits: torch.Tensor) -> torch.Tensor:
         """Spread `(batch_size, classes, height, width)` over the queries: the first alias of a class stands for it.
@@ -175,7 +183,7 @@ class MaskQueries:
 
 
 def mask2former_config(config: Any) -> Mask2FormerConfig:
-    """Return the configuration of transformers' parts; `config` has the fields of [`FCCLIPConfig`]."""
+    """Return the configuration of transformers' parts; `config` is a [`MaskQueriesConfig`]."""
     return Mask2FormerConfig(
         feature_size=config.hidden_dim,
         mask_feature_size=config.hidden_dim,
@@ -367,7 +375,7 @@ class CountedPixelMatcher(Mask2FormerHungarianMatcher):
         class_queries_logits: torch.Tensor,
         mask_labels: Sequence[torch.Tensor],
         class_labels: Sequence[torch.Tensor],
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> MatchedPairs:
         """Return for every image the matched queries and, in the same order, their masks.
 
         Args:
@@ -431,11 +439,23 @@ class MaskQueriesLoss(Mask2FormerLoss):
             masks: Mask logits of every layer, `(batch_size, num_queries, height, width)`.
             classes: Class logits of every layer, `(batch_size, num_queries, classes + 1)`.
         """
-        total = masks[0].new_zeros((), dtype=torch.float32)
-        for layer_masks, layer_classes in zip(masks, classes, strict=True):
-            parts = self(layer_masks.float(), layer_classes.float(), self.targets.masks, self.targets.classes)
-            total = total + sum(self.weight_dict[name] * part for name, part in parts.items())
-        return total
+        layers = [self.of_layer(*layer)[0] for layer in zip(masks, classes, strict=True)]
+        return torch.stack(layers).sum()
+
+    def of_layer(self, masks: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, MatchedPairs]:
+        """Return the weighted loss of one layer, a scalar in single precision, and the pairs that it is of.
+
+        Args:
+            masks: Mask logits, `(batch_size, num_queries, height, width)`.
+            classes: Class logits, `(batch_size, num_queries, classes + 1)`.
+        """
+        masks, classes = masks.float(), classes.float()
+        ids: Any = self.targets.classes
+        pairs = self.matcher(masks, classes, self.targets.masks, ids)
+        parts = self.loss_masks(masks, self.targets.masks, pairs, self.get_num_masks(ids, device=ids[0].device))
+        parts |= self.loss_labels(classes, ids, pairs)
+        weighted = [self.weight_dict[name] * part for name, part in parts.items()]
+        return torch.stack(weighted).sum(), pairs
 
     def loss_labels(
         self, class_queries_logits: torch.Tensor, class_labels: Sequence[torch.Tensor], indices: Any

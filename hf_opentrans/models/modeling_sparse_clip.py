@@ -76,7 +76,10 @@ class SparseCLIPAttention(CLIPAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map hidden states of shape `(batch_size, tokens, hidden_size)` to the same shape, and attention weights."""
         if self.num_heads == 0:  # explicit: ONNX Runtime refuses the Reshape of a zero-size tensor
-            return self.out_proj.bias.expand_as(hidden_states), None
+            weights = None
+            if self.config._attn_implementation == "eager":  # for no head, that attentions stay one per layer
+                weights = hidden_states.new_zeros(len(hidden_states), 0, *[hidden_states.shape[1]] * 2)
+            return self.out_proj.bias.expand_as(hidden_states), weights
         queries, keys, values = self.project(hidden_states)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             cast("str", self.config._attn_implementation), eager_attention_forward

@@ -28,7 +28,7 @@ def post_process_instance_segmentation(
     the one with the higher score is on top; an instance that is wholly covered is left out.
 
     Args:
-        outputs: Of [`FCCLIPForSegmentation`], called with text.
+        outputs: Of [`FCCLIPForSegmentation`] or [`GKCForSegmentation`], called with text.
         target_sizes: `(height, width)` of every result. Defaults to the size of the masks.
         threshold: Instances with a lower score are left out. In 0..1.
         return_binary_maps: Return whole masks, covered parts and covered instances too, of shape
@@ -68,7 +68,7 @@ def post_process_panoptic_segmentation(
     """Turn masks into one segment per pixel (Mask2Former): the mask with the highest probability times score.
 
     Args:
-        outputs: Of [`FCCLIPForSegmentation`], called with text.
+        outputs: Of [`FCCLIPForSegmentation`] or [`GKCForSegmentation`], called with text.
         target_sizes: `(height, width)` of every result. Defaults to the size of the masks.
         threshold: Masks whose class probability is not higher are left out. In 0..1.
         overlap_mask_area_threshold: Masks that keep a lower share of their area, because others win the rest, are

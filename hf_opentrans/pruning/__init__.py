@@ -1,6 +1,8 @@
 """One-shot structured pruning of CLIP vision towers. Start reading in `prune.py`."""
 
+from .channels import ChannelPruningReport, ChannelPruningResult, prune_channels
 from .latency import LatencyTable, measure_latency_table
+from .nominal import NominalAccount, nominal_account
 from .plan import LayerPlan, PruningConfig, PruningPlan
 from .prune import PruningResult, prune_model
 from .report import LayerReport, PruningReport
@@ -10,9 +12,12 @@ from .transfer import TransferReport, TransferResult
 from .transferred import load_transferred, save_transferred
 
 __all__ = [
+    "ChannelPruningReport",
+    "ChannelPruningResult",
     "LatencyTable",
     "LayerPlan",
     "LayerReport",
+    "NominalAccount",
     "PruningConfig",
     "PruningPlan",
     "PruningReport",
@@ -23,6 +28,8 @@ __all__ = [
     "apply_masks",
     "load_transferred",
     "measure_latency_table",
+    "nominal_account",
+    "prune_channels",
     "prune_model",
     "save_transferred",
     "slice_model",

@@ -119,7 +119,7 @@ def load_calibration(
         ValueError: If there are too few tokens for the widest layer, or an image cannot be read.
     """
     found = list_images(images)
-    chosen = np.random.default_rng(config.seed).permutation(len(found))[: config.num_images]
+    chosen = draw_images(len(found), config)
     vision = tower.vision.config
     patch = cast("int", vision.patch_size)
     side = config.resolution or cast("int", vision.image_size)
@@ -128,6 +128,25 @@ def load_calibration(
     widest = max(module.in_features for module in tower.consumers.values())
     # The controls read no statistics: any number of images will do for them.
     notes = _check_tokens(tokens, widest, len(chosen)) if config.method not in WITHOUT_STATISTICS else ()
+    pixels = prepare_images(found, chosen, side, image_processor, on_image)
+    if config.method not in WITHOUT_STATISTICS:
+        notes += check_copies(pixels)
+    return split_images(pixels, config, notes)
+
+
+def draw_images(count: int, config: PruningConfig) -> list[int]:
+    """Return which of `count` images to use, drawn by the seed."""
+    return np.random.default_rng(config.seed).permutation(count)[: config.num_images].tolist()
+
+
+def prepare_images(
+    found: list[Any],
+    chosen: Iterable[int],
+    side: int,
+    image_processor: Any = None,
+    on_image: Callable[[], object] = int,
+) -> list[torch.Tensor]:
+    """Return pixel values `(3, side, side)` of the chosen ones of what `list_images` found."""
     processor = image_processor or CLIPImageProcessorPil()
     pixels = []
     for index in chosen:
@@ -136,8 +155,11 @@ def load_calibration(
         image = image.get("image", image) if isinstance(image, dict) else image
         pixels.append(center_crop(image, processor, side))
         on_image()
-    if config.method not in WITHOUT_STATISTICS:
-        notes += _check_copies(pixels)
+    return pixels
+
+
+def split_images(pixels: list[torch.Tensor], config: PruningConfig, notes: tuple[str, ...] = ()) -> Calibration:
+    """Divide pixel values into batches that weights are fitted on and batches that choose the ridge."""
     held = max(1, round(len(pixels) * config.held_out)) if len(pixels) > 1 else 0
     stacked = torch.stack(pixels)
     digest = hashlib.sha256(stacked.numpy().tobytes()).hexdigest()
@@ -145,7 +167,8 @@ def load_calibration(
     return Calibration(fit, held_out, digest, len(pixels), notes)
 
 
-def _check_copies(pixels: list[torch.Tensor]) -> tuple[str, ...]:
+def check_copies(pixels: list[torch.Tensor]) -> tuple[str, ...]:
+    """Warn where most images are copies of each other; return what was warned of."""
     different = len({hash(image.numpy().tobytes()) for image in pixels})
     if different > SHARE_OF_COPIES * len(pixels):
         return ()

@@ -1,8 +1,9 @@
 """Models that carry a CLIP vision tower: where it is, its weights under canonical names, and how widths go in."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -52,6 +53,8 @@ BUILDS_BY_TYPE += ("LlavaNextForConditionalGeneration",)
 SPELLINGS = {"pre_layrnorm": ("pre_layrnorm", "pre_layernorm")}
 _PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+# Whose hooks record hidden states and attentions.
+_RECORDING = "transformers.utils.output_capturing"
 _COPIED = ("image_size", "num_channels", "hidden_act", "layer_norm_eps", "attention_dropout")
 
 
@@ -182,11 +185,42 @@ class HostTower:
     def _narrow(self, config: SparseCLIPVisionConfig, like: torch.Tensor) -> None:
         for index, layer in enumerate(self.layers):
             widths = cast("SparseCLIPVisionConfig", config.per_layer_config[index])
-            attention, mlp = SparseCLIPAttention(config, widths), SparseCLIPMLP(config, widths)
+            attention = _attention_class(type(layer.self_attn))(config, widths)
+            mlp = SparseCLIPMLP(config, widths)
             # The host's own: set_attn_implementation() writes there.
             attention.config = layer.self_attn.config
+            for hook in layer.self_attn._forward_hooks.values():
+                if getattr(hook, "__module__", "") == _RECORDING:  # of a host that returned attentions before
+                    attention.register_forward_hook(hook)
             for name, part in (("self_attn", attention), ("mlp", mlp)):
                 setattr(layer, name, part.to(like.device, like.dtype).train(layer.training))
+
+
+class _HostAttention(SparseCLIPAttention):
+    """The sparse attention as a subclass of a host's own: transformers records attentions by class.
+
+    The classes are made when they are needed, so pickle and deepcopy are told how.
+    """
+
+    host: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank_attention, (self.host,), self.__getstate__()
+
+
+@functools.cache
+def _attention_class(host: type[nn.Module]) -> type[SparseCLIPAttention]:
+    """Return the sparse attention that passes for `host`."""
+    if issubclass(host, SparseCLIPAttention):  # a tower that was installed before
+        return host
+    if issubclass(SparseCLIPAttention, host):
+        return SparseCLIPAttention
+    return type(f"Sparse{host.__name__}", (_HostAttention, host), {"host": host, "__doc__": _HostAttention.__doc__})
+
+
+def _blank_attention(host: type[nn.Module]) -> SparseCLIPAttention:
+    found = _attention_class(host)
+    return found.__new__(found)
 
 
 def check_same_size(host: HostTower, source: Mapping[str, Any]) -> None:

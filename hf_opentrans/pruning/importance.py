@@ -1,6 +1,7 @@
 """What removing heads and neurons costs: output metrics from random probes, and greedy OBS removal."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ from .tower import Tower
 SELECTION_RIDGE = 1e-3
 # Removals per step of the neuron selection: one step costs a pass over the inverse covariance.
 STEPS_PER_LAYER = 192
+K = TypeVar("K", bound=Hashable)
 
 
 def output_metrics(
@@ -39,13 +41,52 @@ def output_metrics(
         Matrices of shape `(hidden_size, hidden_size)` by `(layer, "heads" | "neurons")`, and of shape
         `(heads, qk_head_dim, qk_head_dim)` by `(layer, "queries")`; fp64.
     """
-    device = tower.vision.device
-    sums: dict[tuple[int, str], torch.Tensor] = {}
+    sums = probe_moments(
+        lambda pixels: _observed_forward(tower, pixels),
+        lambda key, gradient: _second_moment(tower, key, gradient),
+        batches,
+        device=tower.vision.device,
+        probes=probes,
+        seed=seed,
+        on_batch=on_batch,
+    )
+    for (layer, kind), total in sums.items():
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"The gradients behind the {kind} of layer {layer} are not finite. Pruning needs finite numbers. "
+                "Check the weights and the images."
+            )
+    return sums
+
+
+def probe_moments(
+    forward: Callable[[torch.Tensor], tuple[torch.Tensor, dict[K, torch.Tensor]]],
+    moment: Callable[[K, torch.Tensor], torch.Tensor],
+    batches: Iterable[torch.Tensor],
+    *,
+    device: torch.device,
+    probes: int,
+    seed: int,
+    on_batch: Callable[[], object] = int,
+) -> dict[K, torch.Tensor]:
+    """Return the mean second moments of the probes' gradients; see `output_metrics`.
+
+    Args:
+        forward: From pixel values to unit tokens `(batch_size, 1 + positions, dim)`, that of the image first, and to
+            the outputs that the gradients are taken at.
+        moment: Of one output's gradient, summed over the images.
+        batches: Pixel values.
+        device: Where `forward` wants them.
+        probes: Random probes per image.
+        seed: Of the probes.
+        on_batch: Called after every batch.
+    """
+    sums: dict[K, torch.Tensor] = {}
     images = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in own_share(list(enumerate(batches))):
         # Seeded by the batch, so that the probes do not depend on how batches are dealt out to processes.
         generator = torch.Generator().manual_seed(hash((seed, number)) % 2**63)
-        tokens, outputs = _observed_forward(tower, batch.to(device))
+        tokens, outputs = forward(batch.to(device))
         weights = tokens.new_full((tokens.shape[1], 1), (tokens.shape[1] - 1) ** -0.5)
         weights[0] = 1.0
         for probe in range(probes):
@@ -54,16 +95,10 @@ def output_metrics(
                 (direction * tokens).sum(), list(outputs.values()), retain_graph=probe < probes - 1
             )
             for key, gradient in zip(outputs, gradients, strict=True):
-                sums[key] = _second_moment(tower, key, gradient) + sums.get(key, 0.0)
+                sums[key] = moment(key, gradient) + sums.get(key, 0.0)
         images += len(batch)
         on_batch()
     add_up(images, *sums.values())
-    for (layer, kind), total in sums.items():
-        if not bool(torch.isfinite(total).all()):
-            raise ValueError(
-                f"The gradients behind the {kind} of layer {layer} are not finite. Pruning needs finite numbers. "
-                "Check the weights and the images."
-            )
     return {key: total / (images * probes) for key, total in sums.items()}
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from hf_opentrans._checks import check_finite
 from hf_opentrans._distributed import is_main_process, process_count, wait_for_all
 from hf_opentrans._files import write_folder
+from hf_opentrans.models.modeling_clip_resnet import CLIPResNetVisionModel
 
 from .allocation import Budget
 from .baselines import zero_smallest
@@ -102,11 +103,16 @@ def prune_model(
         progress: Whether to show a progress bar.
 
     Raises:
-        TypeError: If the model has no CLIP vision tower.
+        TypeError: If the model has no CLIP vision tower, or is a ResNet (see `prune_channels`).
         ValueError: If the budget lies below the floors, there are too few images, a weight is not finite, or the
             latency table is missing or belongs to another device or shape.
     """
     config = config or PruningConfig()
+    if isinstance(model, CLIPResNetVisionModel):
+        raise TypeError(
+            "The model is a CLIPResNetVisionModel. prune_model needs a CLIP vision tower that is a ViT. Use "
+            "prune_channels, which takes the same images and configuration."
+        )
     dense = to_sparse(model).eval().float().requires_grad_(False)
     check_finite(dense.state_dict())
     tower = Tower.of(dense)

@@ -6,9 +6,11 @@ require("train", "accelerate")
 
 from .distillation import DistillationTrainer, DistillationWeights, ImageDataset  # noqa: E402
 from .finetune import FinetuneConfig, FinetuneResult, finetune  # noqa: E402
-from .magnitude import IterativeMagnitudePruning, vanilla_loss, vision_loss  # noqa: E402
+from .magnitude import IterativeMagnitudePruning  # noqa: E402
 from .recovery import DistillConfig, distill  # noqa: E402
+from .regions import RegionTeacher  # noqa: E402
 from .segmentation import SegmentationDataset, SegmentationTrainer  # noqa: E402
+from .synonyms import SynonymSampler  # noqa: E402
 
 __all__ = [
     "DistillConfig",
@@ -18,10 +20,10 @@ __all__ = [
     "FinetuneResult",
     "ImageDataset",
     "IterativeMagnitudePruning",
+    "RegionTeacher",
     "SegmentationDataset",
     "SegmentationTrainer",
+    "SynonymSampler",
     "distill",
     "finetune",
-    "vanilla_loss",
-    "vision_loss",
 ]

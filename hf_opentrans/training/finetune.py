@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback
 
@@ -18,6 +19,7 @@ from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.modeling_catseg import CATSegForSegmentation
 from hf_opentrans.models.modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from hf_opentrans.models.modeling_fcclip import FCCLIPForSegmentation
+from hf_opentrans.models.modeling_gkc import GKCForSegmentation
 from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.vocabulary import Vocabulary
@@ -32,13 +34,16 @@ from hf_opentrans.spectra.selection import (
     select_layers,
 )
 
+from .regions import RegionTeacher
 from .runs import REPORT_FILE, SELECTION_FILE, Schedule, checkpoints_of, find_checkpoint, save_run
 from .segmentation import SegmentationDataset, SegmentationTrainer
+from .synonyms import MEAN, RANDOM, SynonymSampler
 
 FRAMEWORKS: dict[str, type[OpenVocabularyModel]] = {
     "deeplabv3plus": DeepLabV3PlusForSegmentation,
     "catseg": CATSegForSegmentation,
     "fcclip": FCCLIPForSegmentation,
+    "gkc": GKCForSegmentation,
 }
 FROZEN_TOWER = ("fcclip",)  # these keep no graph of the tower
 EVERYTHING, HEAD, LORA, OWN = "full", "head", "lora", "own"
@@ -50,12 +55,13 @@ class FinetuneConfig(Schedule):
     """How to train.
 
     Args:
-        framework: What is put on the CLIP: "deeplabv3plus", "catseg" or "fcclip" (whose tower never trains: select
-            must be "head" or "own").
+        framework: What is put on the CLIP: "deeplabv3plus", "catseg", "fcclip" (whose tower never trains: select must
+            be "head" or "own") or "gkc" (whose queries learn CLIP's embeddings of their regions: the teacher is a
+            frozen copy of the CLIP that is given, dense or pruned, which sees squares of its own `image_size`).
         select: Which layers of the vision tower train beside the head: a rule of `select_layers`, "full" for all of
             the tower, "head" for none, "own" for what the framework's paper trains (CAT-Seg: queries and values;
-            DeepLabV3+: all), or "lora" for low-rank updates of all its linear layers (PEFT), which are merged at the
-            end.
+            DeepLabV3+, GKC: all), or "lora" for low-rank updates of all its linear layers (PEFT), which are merged at
+            the end.
         fraction: Share of the layers that a rule trains, in (0, 1].
         granularity: "module" or "block".
         gradient_batches: Batches that the rules "gradient" and "gain_per_cost" look at.
@@ -67,6 +73,9 @@ class FinetuneConfig(Schedule):
             adding nothing; otherwise it learns them from scratch.
         head_options: More fields of the framework's configuration, such as `cost_channels`.
         mode: How CLIP's last block is read for it (`SparseCLIPConfig.segmentation_mode`). Defaults to the model's.
+            GKC reads it as CLIP does, whatever the mode.
+        synonyms: What a class with several names ("sofa; couch") is called in training: "mean", the mean of their
+            embeddings, or "random", one of them, drawn anew in every step. Scores are always of the mean.
 
     All fields of `Schedule` too; `learning_rate` is that of the head.
 
@@ -86,6 +95,7 @@ class FinetuneConfig(Schedule):
     clip_residual: bool = True
     head_options: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
+    synonyms: str = MEAN
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +103,7 @@ class FinetuneConfig(Schedule):
             "framework": FRAMEWORKS,
             "select": (EVERYTHING, HEAD, OWN, LORA, *RULES),
             "granularity": GRANULARITIES,
+            "synonyms": (MEAN, RANDOM),
         }
         choices |= {"mode": (None, *SEGMENTATION_MODES)}
         for name, known in choices.items():
@@ -263,8 +274,9 @@ def prepare(
     ]
     if hasattr(model.config, "seen_classes"):  # of the ensemble: what training shows
         model.config.seen_classes = list(datasets[0].class_names)
-    text = class_embeddings(model, datasets[0].class_names, processor.tokenizer)
-    batches = _batches(datasets[0], config, text)
+    synonyms = class_synonyms(model, datasets[0].class_names, processor.tokenizer, config.synonyms)
+    teacher = _teacher(clip, processor.image_processor, model)
+    batches = _batches(model, datasets[0], config, synonyms.mean(), teacher)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.vision_model.requires_grad_(True)
     costs = {"full": training_cost(model, batches[0])}  # the text tower never trains
@@ -275,7 +287,7 @@ def prepare(
     selection, merge = _select(model, config, batches, pruning_report)
     _freeze_unread(model, batches[0])
     costs["selected"] = training_cost(model, batches[0])
-    trainer = _trainer(model, config, checkpoints, text, datasets, progress)
+    trainer = _trainer(model, config, checkpoints, synonyms, datasets, teacher, progress)
     return ReadyToTrain(model, trainer, selection, costs, merge)
 
 
@@ -302,9 +314,9 @@ def _head_options(config: FinetuneConfig) -> dict[str, Any]:
     return options | config.head_options
 
 
-def _freeze_unread(model: OpenVocabularyModel, batch: dict[str, torch.Tensor]) -> None:
+def _freeze_unread(model: OpenVocabularyModel, batch: dict[str, Any]) -> None:
     """Freeze what no gradient reaches, such as queries that the mode does not read: several processes wait for it."""
-    moved = {name: value.to(model.device) for name, value in batch.items()}
+    moved = send_to_device(batch, model.device)
     cast("Any", model)(**moved).loss.backward()
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -312,31 +324,52 @@ def _freeze_unread(model: OpenVocabularyModel, batch: dict[str, torch.Tensor]) -
     model.zero_grad(set_to_none=True)
 
 
+def class_synonyms(
+    model: OpenVocabularyModel, class_names: tuple[str, ...], tokenizer: Any, mode: str = MEAN
+) -> SynonymSampler:
+    """Return the names of the classes, embedded, of which training takes what `mode` says."""
+    vocabulary = Vocabulary(class_names, templates=cast("Any", model.config).segmentation_templates)
+    return SynonymSampler(model.eval().encode_vocabulary(vocabulary, tokenizer), mode)
+
+
 def class_embeddings(model: OpenVocabularyModel, class_names: tuple[str, ...], tokenizer: Any) -> torch.Tensor:
     """Return one unit embedding per class, the mean over its aliases, of shape `(classes, dim)`."""
-    vocabulary = Vocabulary(class_names, templates=cast("Any", model.config).segmentation_templates)
-    encoded = model.eval().encode_vocabulary(vocabulary, tokenizer)
-    queries, owners = encoded.text_embeddings, encoded.query_to_class
-    if queries is None:
-        raise RuntimeError("Encoding the vocabulary gave no embeddings. This is a fault of the package: report it.")
-    total = queries.new_zeros(len(class_names), queries.shape[1]).index_add_(0, owners.to(queries.device), queries)
-    return torch.nn.functional.normalize(total, dim=-1)
+    return class_synonyms(model, class_names, tokenizer).mean()
 
 
-def _batches(dataset: Dataset[Any], config: FinetuneConfig, text: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def _teacher(clip: SparseCLIPModel, image_processor: Any, model: OpenVocabularyModel) -> RegionTeacher | None:
+    """Return what embeds regions, for a model that learns from them."""
+    config: Any = model.config
+    if getattr(config, "distillation", "none") == "none":
+        return None
+    return RegionTeacher(clip, image_processor, max_regions=config.max_regions)
+
+
+def _batches(
+    model: OpenVocabularyModel,
+    dataset: Dataset[Any],
+    config: FinetuneConfig,
+    text: torch.Tensor,
+    teacher: RegionTeacher | None,
+) -> list[dict[str, Any]]:
     """Return some batches of their own random crops, the same whether a run is resumed or not."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         generator = torch.Generator().manual_seed(config.seed)
         loader = DataLoader(dataset, config.batch_size, shuffle=True, generator=generator)
         count = config.gradient_batches if config.select in WITH_BATCHES else 1
-        return [{**batch, "text_embeddings": text} for batch in itertools.islice(loader, count)]
+        batches = [{**batch, "text_embeddings": text} for batch in itertools.islice(loader, count)]
+        if teacher is not None:
+            ignored = cast("Any", model.config).semantic_loss_ignore_index
+            for batch in batches:
+                batch["region_embeddings"] = teacher.embed(batch["pixel_values"], batch["labels"], ignored)
+        return batches
 
 
 def _select(
     model: OpenVocabularyModel,
     config: FinetuneConfig,
-    batches: list[dict[str, torch.Tensor]],
+    batches: list[dict[str, Any]],
     pruning_report: Any,
 ) -> tuple[LayerSelection | None, Callable[[], object]]:
     """Freeze what shall not train; return the selection, and what to call after training."""
@@ -377,8 +410,9 @@ def _trainer(
     model: OpenVocabularyModel,
     config: FinetuneConfig,
     checkpoints: Path,
-    text: torch.Tensor,
+    synonyms: SynonymSampler,
     datasets: list[SegmentationDataset],
+    teacher: RegionTeacher | None,
     progress: bool,
 ) -> SegmentationTrainer:
     args = config.arguments(checkpoints, progress=progress)
@@ -391,7 +425,14 @@ def _trainer(
 
     train, evaluate = datasets
     trainer = SegmentationTrainer(
-        model, args, text_embeddings=text, train_dataset=train, eval_dataset=evaluate, parameter_groups=groups
+        model,
+        args,
+        text_embeddings=synonyms.mean(),
+        synonyms=None if config.synonyms == MEAN else synonyms,
+        teacher=teacher,
+        train_dataset=train,
+        eval_dataset=evaluate,
+        parameter_groups=groups,
     )
     trainer.remove_callback(PrinterCallback)  # figures go into the report, not to standard output
     return trainer

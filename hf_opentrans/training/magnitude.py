@@ -4,14 +4,13 @@ Zeros stay in tensors of full size: nothing gets smaller or faster, all figures 
 reproduce the original method; `prune_model` is the one to use.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import normalize
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_opentrans.spectra.layers import find_layers
@@ -131,52 +130,6 @@ class IterativeMagnitudePruning(TrainerCallback):
     def _rounds_until(self, step: int) -> int:
         due = 0 if step < self.first else 1 + (step - self.first) // self.every
         return due if self.rounds is None else min(due, self.rounds)
-
-
-def vanilla_loss(regions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared distance of region embeddings to CLIP's embeddings of the same regions.
-
-        L = 1/n sum_i ||v_i - c_i||^2, v and c of unit length
-
-    Args:
-        regions: Of shape `(regions, dim)`.
-        targets: The same of CLIP.
-    """
-    return (normalize(regions, dim=-1) - normalize(targets, dim=-1)).square().sum(-1).mean()
-
-
-def vision_loss(
-    regions: torch.Tensor,
-    targets: torch.Tensor,
-    texts: torch.Tensor,
-    counts: Sequence[int],
-    scale: torch.Tensor | float,
-) -> torch.Tensor:
-    """Return OpenTrans' released loss: relations between the regions of an image follow those between their names.
-
-        L = (sum_b sum_{i, j in b} (s^2 t_i . t_j - v_i . c_j)^2 + sum_i ||v_i - c_i||^2) / (sum_b n_b^2 + n)
-
-    It uses class names, so it is not label-free (Han et al., ICCV 2023, arXiv 2303.09181).
-
-    Args:
-        regions: v of shape `(regions, dim)`, image after image.
-        targets: c, CLIP's embeddings of the same regions.
-        texts: t, text embeddings of the regions' classes.
-        counts: Regions of every image.
-        scale: s, learned, initially 1.
-
-    Raises:
-        ValueError: If the counts do not add up to the regions.
-    """
-    if sum(counts) != len(regions):
-        raise ValueError(
-            f"counts add up to {sum(counts)} and there are {len(regions)} regions. They must be equal. Correct counts."
-        )
-    v, c, t = (normalize(each, dim=-1) for each in (regions, targets, texts))
-    parts = zip(v.split(list(counts)), c.split(list(counts)), t.split(list(counts)), strict=True)
-    relations = [(scale**2 * names @ names.T - own @ theirs.T).square().sum() for own, theirs, names in parts]
-    total = torch.stack(relations).sum() + (v - c).square().sum()
-    return total / (sum(count**2 for count in counts) + len(regions))
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -15,6 +15,8 @@ from hf_opentrans.data.folder import IGNORE_INDEX, SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU
 from hf_opentrans.models.image_loading import load_rgb
 
+from .regions import RegionTeacher
+from .synonyms import SynonymSampler
 from .trainer import BaseTrainer
 
 # Range of the random scale of training crops: the image's short side over the crop's.
@@ -66,7 +68,7 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
                 "another number. Set it to -100."
             )
         self.folder, self.image_processor, self.resolution = folder, image_processor, resolution
-        self.is_training = is_training
+        self.is_training, self.ignore_index = is_training, ignore_index
         self.class_names = tuple(folder.class_names[index] for index in chosen)
         # One entry more: -1, the folder's own mark of unlabelled pixels, is the last.
         self._labels = torch.full((count + 1,), ignore_index, dtype=torch.long)
@@ -135,6 +137,9 @@ class SegmentationTrainer(BaseTrainer):
         args: As for Trainer; `remove_unused_columns`, `label_names` and `batch_eval_metrics` are set here.
         text_embeddings: Unit embeddings of the classes of the data, `(classes, dim)`: of an encoded vocabulary.
         ignore_index: Label of pixels that do not count. Defaults to the model's.
+        synonyms: In training, what the classes are called instead of `text_embeddings`: drawn anew in every step, by
+            `args.seed` and the number of the step, so that a resumed run draws the same.
+        teacher: Embeds the regions of training batches, which the model gets as `region_embeddings`.
         **kwargs: Trainer's: `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`, ...
     """
 
@@ -145,10 +150,12 @@ class SegmentationTrainer(BaseTrainer):
         *,
         text_embeddings: torch.Tensor,
         ignore_index: int | None = None,
+        synonyms: SynonymSampler | None = None,
+        teacher: RegionTeacher | None = None,
         **kwargs: Any,
     ) -> None:
         settings = {"remove_unused_columns": False, "label_names": ["labels"], "batch_eval_metrics": True}
-        self.text_embeddings = text_embeddings
+        self.text_embeddings, self.synonyms, self.teacher = text_embeddings, synonyms, teacher
         own = getattr(getattr(model, "config", None), "semantic_loss_ignore_index", 255)
         self.ignore_index = own if ignore_index is None else ignore_index
         self._metric = MeanIoU(len(text_embeddings), self.ignore_index)
@@ -160,10 +167,14 @@ class SegmentationTrainer(BaseTrainer):
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on as it comes
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Pass the text embeddings with every batch."""
-        return super().compute_loss(
-            model, {**inputs, "text_embeddings": self.text_embeddings}, return_outputs=return_outputs, **kwargs
-        )
+        """Pass text with every batch, and with those of training what the teacher sees in their regions."""
+        text: dict[str, Any] = {"text_embeddings": self.text_embeddings}
+        if model.training and self.synonyms is not None:
+            text = self.synonyms.inputs(self.args.seed, self.state.global_step)
+        if model.training and self.teacher is not None:
+            regions = self.teacher.embed(inputs["pixel_values"], inputs["labels"], self.ignore_index)
+            text["region_embeddings"] = regions
+        return super().compute_loss(model, {**inputs, **text}, return_outputs=return_outputs, **kwargs)
 
     def prediction_step(  # pyright: ignore[reportIncompatibleMethodOverride] - tensors, never nested ones
         self,

@@ -8,6 +8,7 @@ from hf_opentrans import (
     CATSegForSegmentation,
     DeepLabV3PlusForSegmentation,
     DenseCLIPForSegmentation,
+    GKCForSegmentation,
     SparseCLIPModel,
 )
 
@@ -27,6 +28,10 @@ def test_saved_segmenters_come_back_as_what_they_were(tmp_path, tiny_clip_folder
         "dense": (DenseCLIPForSegmentation.from_pretrained(tiny_clip_folder), DenseCLIPForSegmentation),
         "deeplab": (DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL), DeepLabV3PlusForSegmentation),
         "catseg": (CATSegForSegmentation.from_clip(clip, cost_channels=16), CATSegForSegmentation),
+        "gkc": (
+            GKCForSegmentation.from_clip(clip, hidden_dim=32, encoder_layers=1, decoder_layers=1),
+            GKCForSegmentation,
+        ),
     }
     for name, (model, kind) in made.items():
         model.save_pretrained(tmp_path / name)

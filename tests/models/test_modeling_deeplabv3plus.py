@@ -140,7 +140,7 @@ def test_rows_of_the_grid_are_rows_of_the_image(model):
     changed = pixels.clone()
     changed[..., 16:, 32:] += 3
     with torch.no_grad():
-        moved = [model._features(image)[1] for image in (pixels, changed)]
+        moved = [model.encode(image)[1] for image in (pixels, changed)]
     distance = (moved[0] - moved[1]).norm(dim=1)[0]
     assert distance.shape == (3, 5)
     assert int(distance.argmax()) == 14  # row 2, column 4
@@ -315,7 +315,7 @@ def test_the_high_level_map_is_the_last_hidden_state_of_the_clip(tiny_clip, tiny
     pixels, layer = torch.randn(2, 3, 24, 40), 2
     model = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL, low_level_layer=layer).eval()
     with torch.no_grad():
-        features, low, _ = model._features(pixels)
+        features, low, _ = model.encode(pixels)
         tower = clip.vision_model(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
         high = clip.vision_model.post_layernorm(tower.last_hidden_state)
     for found, tokens in ((features, high), (low, tower.hidden_states[layer])):
@@ -331,6 +331,27 @@ def test_from_a_segmenter_and_back_the_head_is_new(model, clip, tiny_clip_folder
     name = "head.decoder.0.0.weight"
     assert not torch.equal(again[name], model.state_dict()[name])
     assert clip.state_dict().keys() <= first.keys()
+
+
+def test_features_stand_for_their_images(model):
+    pixels, text, labels = torch.randn(2, 3, 24, 40), unit(3, 16), random_labels(2, 24, 40)
+    with torch.no_grad():
+        expected = model(pixels, text_embeddings=text, labels=labels)
+        features = model.encode(pixels)
+        found = model(features=features, text_embeddings=text, labels=labels)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    for wrong in ({}, {"pixel_values": pixels, "features": features}):
+        with pytest.raises(ValueError, match=r"The head reads one of them. Pass pixel_values, or features"):
+            model(text_embeddings=text, **wrong)
+
+
+def test_heads_train_on_kept_features(model):
+    with torch.no_grad():
+        features = model.encode(torch.randn(2, 3, 32, 32))
+    model(features=features, text_embeddings=unit(3, 16), labels=random_labels(2, 32, 32)).loss.backward()
+    assert all(p.grad is None for p in model.vision_model.parameters())
+    assert any(p.grad is not None for p in model.head.parameters())
 
 
 def test_the_precision_of_the_clip_is_kept(clip):
@@ -379,9 +400,7 @@ def test_one_step_moves_the_embeddings_away_from_those_of_the_clip(clip):
 
 def test_without_it_the_head_learns_the_embedding_from_scratch(clip):
     model = DeepLabV3PlusForSegmentation.from_clip(clip, **SMALL, clip_residual=False).eval()
-    pixels = torch.randn(1, 3, 32, 32)
-    _, _, dense = model._features(pixels)
-    assert dense is None
+    assert len(model.encode(torch.randn(1, 3, 32, 32))) == 2  # no dense embeddings
     assert float(model.head.logit_scale.detach().exp()) == pytest.approx(10)
     state = model.state_dict()
     assert bool(state["head.project.weight"].any())
@@ -414,7 +433,7 @@ def test_the_low_level_layer_is_counted_from_one(clip, layer, expected):
     kept = []
     model.vision_model.encoder.layers[expected - 1].register_forward_hook(lambda *args: kept.append(args[-1]))
     with torch.no_grad():
-        _, low, _ = model._features(torch.randn(1, 3, 32, 32))
+        _, low, _ = model.encode(torch.randn(1, 3, 32, 32))
     assert torch.equal(low.flatten(2).transpose(1, 2), kept[0][:, 1:])
 
 

@@ -153,8 +153,8 @@ def test_attentions_have_the_width_of_their_layer():
     model = unequal_model()
     model.set_attn_implementation("eager")
     outputs = run(model, "vision", output_attentions=True, output_hidden_states=True)
-    # Transformers records no attention where there is none: layer 0 has no heads.
-    assert [part.shape for part in outputs.attentions] == [(2, 3, 17, 17), (2, 2, 17, 17)]
+    # One per layer, as of a dense tower: layer 0 has no heads.
+    assert [part.shape for part in outputs.attentions] == [(2, 0, 17, 17), (2, 3, 17, 17), (2, 2, 17, 17)]
     assert len(outputs.hidden_states) == 4
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 from typing import Any
 
@@ -45,6 +46,7 @@ from hf_opentrans import (
     prune_model,
     save_transferred,
 )
+from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
 from hf_opentrans.models.image_loading import center_crop
 from hf_opentrans.pruning.hosts import HostTower
 from hf_opentrans.pruning.surgery import slice_model
@@ -329,6 +331,70 @@ def test_the_plan_alone_equals_slicing_where_no_head_is_narrowed(tiny_clip, tiny
     expected = slice_model(other, subnetwork.plan).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# Attentions
+
+
+def attentions(name, model):
+    """Return the tower's attentions as the host returns them."""
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if name in ("tower", "projection", "classifier"):
+            return model(pixel_values=pixels, output_attentions=True).attentions
+        if name in ("git", "llava"):  # the whole host returns those of its language model alone
+            tower = model.git.image_encoder if name == "git" else model.model.vision_tower
+            return tower(pixel_values=pixels, output_attentions=True).attentions
+        return model(input_ids=IDS, pixel_values=pixels, output_attentions=True).vision_model_output.attentions
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_attentions_are_those_of_the_stock_host(tiny_clip, tiny_images, name, asked_before):
+    target = build(name, tiny_clip)
+    target.set_attn_implementation("eager")
+    fresh = copy.deepcopy(target)
+    expected = attentions(name, target)
+    assert [tuple(each.shape) for each in expected] == [(2, 4, 17, 17)] * 3
+    dense = subnetwork_of(tiny_clip, tiny_images, keep=1.0)
+    model = dense.apply_to(target if asked_before else fresh, drop_unused=False).model
+    twice = dense.apply_to(model, drop_unused=False).model
+    for each in (model, copy.deepcopy(model), twice):
+        found = attentions(name, each)
+        assert len(found) == 3
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attentions_have_the_heads_that_are_left(tiny_clip, tiny_images, tmp_path, name):
+    model = subnetwork_of(tiny_clip, tiny_images, keep=0.5).apply_to(build(name, tiny_clip), drop_unused=False).model
+    save_transferred(model, tmp_path / "out")
+    for each in (model, load_transferred(tmp_path / "out")):
+        each.set_attn_implementation("eager")
+        heads = [layer.self_attn.num_heads for layer in HostTower.of(each).layers]
+        assert min(heads) < 4
+        found = attentions(name, each)
+        assert [tuple(one.shape) for one in found] == [(2, count, 17, 17) for count in heads]
+        for one in found:
+            torch.testing.assert_close(one.sum(-1), torch.ones(one.shape[:-1]))
+
+
+@pytest.mark.parametrize("name", ["clipseg", "owlvit", "git", "llava"])
+def test_a_layer_without_heads_has_empty_attentions(tiny_clip, name):
+    model = build(name, tiny_clip)
+    host = HostTower.of(model)
+    values = host.sparse_config().to_dict()
+    del values["model_type"]
+    host.install(SparseCLIPVisionConfig(**{**values, "per_layer_config": {1: {"num_attention_heads": 0}}}))
+    model.set_attn_implementation("eager")
+    assert [one.shape[1] for one in attentions(name, model)] == [4, 0, 4]
+
+
+def test_narrowed_hosts_can_be_pickled(tiny_clip, subnetwork):
+    model = subnetwork.apply_to(build("clipseg", tiny_clip), drop_unused=False).model
+    again = pickle.loads(pickle.dumps(model))
+    assert type(HostTower.of(again).layers[0].self_attn) is type(HostTower.of(model).layers[0].self_attn)
+    assert torch.equal(answer("clipseg", again), answer("clipseg", model))
 
 
 # Blocks that nothing reads

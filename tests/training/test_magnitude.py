@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from hf_opentrans.training import IterativeMagnitudePruning, vanilla_loss, vision_loss
+from hf_opentrans.models.modeling_gkc import vanilla_loss, vision_loss
+from hf_opentrans.training import IterativeMagnitudePruning
 
 
 class Net(nn.Module):
