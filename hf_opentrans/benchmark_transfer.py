@@ -96,6 +96,11 @@ class Run:
         """As `TransferRow.key`."""
         return self.framework, self.method, self.keep, self.trained, self.seed
 
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What decides how long it takes."""
+        return self.framework, self.trained
+
 
 def plan_transfer(frameworks: Sequence[str], seeds: Iterable[int]) -> list[Run]:
     """List the runs: every tower in every framework, the constant class, and the joined rows.
@@ -243,6 +248,26 @@ class TransferStudy:
         steps, batch_size = QUERY_STEPS * config.steps, max(1, config.batch_size // 2)
         return replace(config, steps=steps, batch_size=batch_size, save_every=steps + 1)
 
+    def expected_seconds(self, run: Run) -> float:
+        """Time one step of a run's training on the dense tower; return what all of its steps would take."""
+        if not run.trained:
+            return 0.0
+        model: Any = self.segmenter(run.framework, self.tower(DENSE, 1.0, run.seed), run.seed)
+        config, crops = self._schedule(run), self._dataset(self.study.seen_classes(run.seed), is_training=True)
+        batch = next(iter(DataLoader(crops, config.batch_size)))
+        text = class_embeddings(model, crops.class_names, self.study.processor.tokenizer)
+        pixels, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
+        given = {"pixel_values": pixels}
+        if run.trained == HEAD:
+            with torch.no_grad():
+                given = {"features": model.encode(pixels)}
+
+        def step() -> None:
+            model.train()(**given, labels=labels, text_embeddings=text).loss.backward()
+
+        step()  # the first one is slower
+        return config.steps * milliseconds(step, pixels.device) / 1e3
+
     def _teacher(self, seed: int) -> "RememberedRegions":
         if seed not in self._teachers:
             teacher = RegionTeacher(self.study.clip, self.study.processor.image_processor, side=self.study.side)
@@ -373,11 +398,17 @@ def run_transfer(
     done = {row.key for row in results.rows}
     left = [run for run in runs if run.key not in done]
     say(f"{len(runs)} runs: {len(runs) - len(left)} in the file already, {len(left)} to do.")
-    start = time.perf_counter()
+    expected = {run.kind: study.expected_seconds(run) for run in reversed(left)}
+    if left:
+        say(f"Training will take about {duration(sum(expected[run.kind] for run in left))}, and pruning beside it.")
+    spent: dict[tuple[str, str], list[float]] = {}
     for number, run in enumerate(left, 1):
+        start = time.perf_counter()
         row = study.measure(run)
         results.add(row)
-        rest = duration((time.perf_counter() - start) / number * (len(left) - number))
+        spent.setdefault(run.kind, []).append(time.perf_counter() - start)
+        expected[run.kind] = statistics.fmean(spent[run.kind])
+        rest = duration(sum(expected[other.kind] for other in left[number:]))
         what = f"{run.framework}, {run.method} at {run.keep:g}, seed {run.seed}"
         say(
             f"{number} of {len(left)}: {what}: mIoU {row.seen:.1%} seen, {row.unseen:.1%} unseen."

@@ -179,6 +179,15 @@ def test_teachers_embed_the_same_crops_once():
     assert teacher.calls == 3
 
 
+@pytest.mark.parametrize("framework", STUDIED)
+def test_expected_times_grow_with_the_steps(study, framework, monkeypatch):
+    monkeypatch.setattr("hf_opentrans.benchmark_transfer.milliseconds", lambda run, device: run() or 500.0)
+    trained = "" if framework == "dense-clip" else "head"
+    found = study.expected_seconds(Run(0, framework, "dense", 1.0, trained))
+    steps = {"dense-clip": 0, "fcclip": 6, "gkc": 6}.get(framework, 2)
+    assert found == 0.5 * steps
+
+
 @pytest.mark.filterwarnings("ignore:.*calibration images")
 def test_times_are_those_of_the_framework(study):
     timing = study.time("deeplabv3plus", "obs", 0.5, 0)
@@ -288,6 +297,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, base):
     values = json.loads(target.read_text())
     assert len(values["rows"]) == 8
     assert values["timings"] == []
+    assert "Training will take about" in error
     assert "8 of 8: dense-clip, random at 0.5, seed 0: mIoU" in error
     assert "what it can do" in shown
     values["rows"] = values["rows"][:6]
