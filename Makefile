@@ -43,9 +43,12 @@ results: $(VENV)/.demo
 		--resolution 80 --json layer-selection-clip-scenes.json
 	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark recovery --model clip-scenes --images calibration \
 		--json recovery-clip-scenes.json
+	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark transfer --model clip-scenes --dataset scenes \
+		--images calibration --resolution 80 --steps 200 --json transfer-clip-scenes.json
 	mv $(SCENES)/pruning-*.* $(SCENES)/ablation-clip-scenes.* $(SCENES)/layer-selection-*.* \
-		$(SCENES)/recovery-*.* model_cards/results/
+		$(SCENES)/recovery-*.* $(SCENES)/transfer-*.* model_cards/results/
 	$(BIN)/hf-opentrans benchmark spectra --json model_cards/results/spectra-vit.json
+	$(BIN)/hf-opentrans benchmark cuts --json model_cards/results/cuts.json
 	$(BIN)/hf-opentrans benchmark latency --json model_cards/results/latency-vit-b16.json
 	$(BIN)/hf-opentrans benchmark tables README.md model_cards/*.md
 

@@ -19,7 +19,7 @@ CONFIGS, MODELINGS = "models.configuration_*", "models.modeling_*"
 CLIP, OPEN = "models.modeling_sparse_clip", "models.modeling_open_vocabulary"
 QUERIES, QUERY_BASE = "models.modeling_mask_queries", "models.modeling_mask_query_base"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
-ALL_BUT_CLI = "_* models* data* pruning* spectra* training* loading evaluation benchmark* demo*"
+ALL_BUT_CLI = "_* models* data* pruning* spectra* training* loading evaluation* benchmark* demo*"
 MAY_IMPORT = {
     "__main__": "cli",
     "_optional": "",
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "models.segmenting": "models.*",
     "models.*": "",
     "data": "data.*",
-    "data.*": "_optional data.*",
+    "data.*": "_* data.*",
     "pruning": "pruning.*",
     "pruning.allocation": "_* pruning.*",  # numbers in, numbers out: it never sees a model
     "pruning.*": "_* models* pruning.*",
@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "training": "_optional training.*",
     "training.*": "_* models* data* spectra* training.*",
     "loading": "_* models*",
-    "evaluation": "_* models* data* loading",
+    "evaluation*": "_* models* data* loading evaluation*",
     "benchmark*": ALL_BUT_CLI,
     "demo*": ALL_BUT_CLI,
     "cli*": "*",

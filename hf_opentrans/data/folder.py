@@ -1,8 +1,9 @@
 """Read a folder of images, PNG label masks and a list of classes."""
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class SegmentationSample:
     Attributes:
         image_path: The image; opening it is left to the caller.
         mask_path: The PNG file that `mask` was read from.
-        mask: (height, width) int64, position in `SegmentationFolder.class_names`; -1 = ignore.
+        mask: (height, width) int64, position in `SegmentationData.class_names`; -1 = ignore.
     """
 
     image_path: Path
@@ -33,7 +34,58 @@ class SegmentationSample:
     mask: np.ndarray
 
 
-class SegmentationFolder:
+class SegmentationData(ABC):
+    """Images on disk with label maps, read one by one; the base of all layouts.
+
+    A subclass sets the attributes and `_paths`, and says how a mask is read.
+
+    Attributes:
+        root: The folder.
+        split: Name of the part, such as "val"; None where there is only one.
+        class_names: Names by class position; ";" separates aliases.
+    """
+
+    root: Path
+    split: str | None
+    class_names: tuple[str, ...]
+    _paths: tuple[tuple[Path, Path], ...]
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        """Read one mask; negative positions count from the end.
+
+        Args:
+            index: Position in alphabetical order of the image files, or in the order of the
+                official list of images where the layout has one.
+
+        Returns:
+            The path of the image and the mask of contiguous class positions.
+
+        Raises:
+            IndexError: If there is no such position.
+            ValueError: If the mask is not a valid label map of the image; names the file.
+        """
+        image_path, mask_path = self._paths[index]
+        ids = self._read_ids(mask_path)
+        check_size(image_path, mask_path, ids)
+        return SegmentationSample(image_path, mask_path, self._to_positions(ids, mask_path))
+
+    def __iter__(self) -> Iterator[SegmentationSample]:
+        """Read one mask after the other."""
+        return (self[index] for index in range(len(self)))
+
+    def _read_ids(self, mask_path: Path) -> np.ndarray:
+        return read_ids(mask_path)
+
+    @abstractmethod
+    def _to_positions(self, ids: np.ndarray, mask_path: Path) -> np.ndarray:
+        """Map raw ids to class positions, -1 where nothing counts."""
+
+
+class SegmentationFolder(SegmentationData):
     """Images and label masks in a folder.
 
     The layout is `images/[SPLIT/]NAME.jpg` (or another image format), `masks/[SPLIT/]NAME.png`
@@ -72,26 +124,7 @@ class SegmentationFolder:
             self._lookup[self.ignore_id] = IGNORE_INDEX
         self._paths = self._pair_paths()
 
-    def __len__(self) -> int:
-        """Count the images."""
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> SegmentationSample:
-        """Read one mask; negative positions count from the end.
-
-        Args:
-            index: Position in alphabetical order of the image files.
-
-        Returns:
-            The path of the image and the mask of contiguous class positions.
-
-        Raises:
-            IndexError: If there is no such position.
-            ValueError: If the mask is not a valid label map of the image; names the file.
-        """
-        image_path, mask_path = self._paths[index]
-        ids = _read_ids(mask_path)
-        _check_size(image_path, mask_path, ids)
+    def _to_positions(self, ids: np.ndarray, mask_path: Path) -> np.ndarray:
         mask = self._lookup[ids]
         unknown = np.unique(ids[mask == _UNKNOWN])
         if len(unknown):
@@ -100,11 +133,7 @@ class SegmentationFolder:
                 f"be an id of `id_to_name` in {self.root / 'classes.json'} or its `ignore_id` "
                 f"({self.ignore_id}). Add the class or correct the mask."
             )
-        return SegmentationSample(image_path, mask_path, mask)
-
-    def __iter__(self) -> Iterator[SegmentationSample]:
-        """Read one mask after the other."""
-        return (self[index] for index in range(len(self)))
+        return mask
 
     def _find_split(self, split: str | None) -> str | None:
         folder = self.root / "images"
@@ -147,14 +176,23 @@ class SegmentationFolder:
                 "to one image. Remove or rename all but one."
             )
         pairs = tuple((path, masks / f"{path.stem}.png") for path in images)
-        missing = [pair for pair in pairs if not pair[1].is_file()]
-        if missing:
-            image_path, mask_path = missing[0]
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(images)} images have no mask; the first is {image_path}. "
-                f"Every image needs a PNG mask of the same name. Add {mask_path}."
-            )
+        check_pairs(pairs)
         return pairs
+
+
+def check_pairs(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Refuse images without a mask.
+
+    Raises:
+        FileNotFoundError: If a mask is missing; names the image and the mask.
+    """
+    missing = [pair for pair in pairs if not pair[1].is_file()]
+    if missing:
+        image_path, mask_path = missing[0]
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(pairs)} images have no mask; the first is {image_path}. "
+            f"Every image needs a mask of the same name. Add {mask_path}."
+        )
 
 
 def _list_images(folder: Path) -> list[Path]:
@@ -234,14 +272,20 @@ def _parse_id(value: object, path: Path, where: str) -> int:
     return int(text)
 
 
-def _read_ids(path: Path) -> np.ndarray:
-    """Raw pixel values of a mask: (height, width) integers from 0 to 65535."""
+def read_ids(path: Path) -> np.ndarray:
+    """Read the raw pixel values of a mask: (height, width) integers from 0 to 65535.
+
+    Raises:
+        ValueError: If the file cannot be read or is a picture of colours; names it.
+    """
     try:
         with Image.open(path) as image:
             mode = image.mode
             ids = np.array(image)
     except (OSError, SyntaxError, ValueError) as err:
-        raise ValueError(f"{path} cannot be read as an image: {err}. A mask is a PNG file. Replace the file.") from err
+        raise ValueError(
+            f"{path} cannot be read as an image: {err}. A mask is a PNG file (or TIFF, 16 bits). Replace the file."
+        ) from err
     if mode not in _MASK_MODES:
         raise ValueError(
             f"{path} has the mode {mode}. A mask holds one class id a pixel: an 8-bit, 16-bit or "
@@ -256,7 +300,12 @@ def _read_ids(path: Path) -> np.ndarray:
     return ids.astype(np.uint8) if mode == "1" else ids
 
 
-def _check_size(image_path: Path, mask_path: Path, ids: np.ndarray) -> None:
+def check_size(image_path: Path, mask_path: Path, ids: np.ndarray) -> None:
+    """Refuse a mask that is not of the size of its image.
+
+    Raises:
+        ValueError: If the sizes differ or the image cannot be read; names the files.
+    """
     try:
         with Image.open(image_path) as image:
             width, height = image.size
