@@ -2,6 +2,12 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 
+from .data.benchmarks import BENCHMARKS, open_benchmark
+from .data.metric_loading import load_metric
+from .data.metrics import MeanIoU
+from .data.panoptic import PanopticQuality
+from .evaluation_protocols import PROTOCOLS, Protocol, find_protocol
+from .evaluation_runs import EvaluationResult, evaluate_data
 from .models.auto_segmentation import AutoModelForOpenVocabularySegmentation
 from .models.configuration_catseg import CATSegConfig
 from .models.configuration_clip_resnet import CLIPResNetVisionConfig
@@ -86,6 +92,8 @@ SparseCLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 DenseCLIPForSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
+    "BENCHMARKS",
+    "PROTOCOLS",
     "AutoModelForOpenVocabularySegmentation",
     "CATSegConfig",
     "CATSegForSegmentation",
@@ -96,15 +104,19 @@ __all__ = [
     "DeepLabV3PlusConfig",
     "DeepLabV3PlusForSegmentation",
     "DenseCLIPForSegmentation",
+    "EvaluationResult",
     "FCCLIPConfig",
     "FCCLIPForSegmentation",
     "GKCConfig",
     "GKCForSegmentation",
     "LatencyTable",
     "LayerSelection",
+    "MeanIoU",
     "NominalAccount",
     "OpenVocabularyProcessor",
     "OpenVocabularySegmenterOutput",
+    "PanopticQuality",
+    "Protocol",
     "PruningConfig",
     "PruningPlan",
     "PruningReport",
@@ -124,12 +136,16 @@ __all__ = [
     "Vocabulary",
     "analyze_spectra",
     "apply_masks",
+    "evaluate_data",
+    "find_protocol",
     "freeze_unselected",
     "full_training_cost",
     "get_peft_model",
+    "load_metric",
     "load_transferred",
     "measure_latency_table",
     "nominal_account",
+    "open_benchmark",
     "post_process_instance_segmentation",
     "post_process_panoptic_segmentation",
     "prune_channels",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_opentrans.benchmark_cuts import CutRow, cuts_notes, cuts_table
+from hf_opentrans.benchmark_metric import MetricRow, metric_notes, metric_table
 from hf_opentrans.benchmark_recovery_tables import RecoveryRow, recovery_notes, recovery_table
 from hf_opentrans.benchmark_scale import ScaleRow, scale_table
 from hf_opentrans.benchmark_selection_tables import SelectionRow, StepTiming, selection_notes, selection_table
@@ -169,6 +170,9 @@ def result_table(values: dict[str, Any]) -> str:
         runs = [SelectionRow(**row) for row in rows]
         timings = [StepTiming(**timing) for timing in values["timings"]]
         table, notes = selection_table(runs, timings), selection_notes(runs, values["settings"])
+    elif "times_faster" in rows[0]:
+        metrics = [MetricRow(**row) for row in rows]
+        table, notes = metric_table(metrics), metric_notes(metrics, values["settings"])
     elif "over_eigenvalues" in rows[0]:
         table = spectra_table([SpectraRow(**row) for row in rows])
     elif "rebuild_seconds" in rows[0]:

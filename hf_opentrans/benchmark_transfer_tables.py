@@ -95,15 +95,20 @@ class Claim:
 
     Args:
         text: The statement.
-        difference: Paired over the seeds, in mIoU: it shall be above zero.
+        difference: Paired over the seeds, in mIoU: of a claim it shall be above zero.
+        is_claim: Whether anything is claimed; otherwise two rows are compared.
     """
 
     text: str
     difference: Difference
+    is_claim: bool = True
 
     @property
     def verdict(self) -> str:
         """Whether the interval lies above zero, below it, or holds it."""
+        if not self.is_claim:
+            side = "higher" if self.difference.low > 0 else "lower"
+            return side if self.difference.is_clear else "no difference shown"
         if self.difference.low > 0:
             return "holds"
         return (
@@ -131,8 +136,8 @@ def claims(rows: Sequence[TransferRow]) -> list[Claim]:
                     _claim(found, rows, text, ours, dense, score, KEPT_SHARE)
         joined = [row.group for row in rows if row.framework == framework and row.trained == ALPHA]
         for score in ("seen", "unseen") if joined else ():
-            text = f"{framework}, {score}: pruned and alpha above dense and full fine-tuning"
-            _claim(found, rows, text, joined[0], (framework, DENSE, 1.0, FULL), score)
+            text = f"{framework}, {score}: pruned and alpha against dense and full fine-tuning"
+            _claim(found, rows, text, joined[0], (framework, DENSE, 1.0, FULL), score, is_claim=False)
     return found
 
 
@@ -144,11 +149,12 @@ def _claim(
     base: tuple[str, str, float, str],
     score: str,
     share: float = 1.0,
+    is_claim: bool = True,
 ) -> None:
     values = [{row.seed: getattr(row, score) for row in rows if row.group == which} for which in (group, base)]
     both = sorted(set(values[0]) & set(values[1]))
     if len(both) > 1:
-        found.append(Claim(text, interval([values[0][seed] - share * values[1][seed] for seed in both])))
+        found.append(Claim(text, interval([values[0][seed] - share * values[1][seed] for seed in both]), is_claim))
 
 
 # What the subnetworks can do, and what they cost: the whole table is wider than a terminal.

@@ -9,11 +9,12 @@ from PIL import Image
 
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.metrics import MeanIoU, SegmentationScores
+from hf_opentrans.evaluation_protocols import find_protocol
+from hf_opentrans.evaluation_runs import ProtocolSegmenter
 from hf_opentrans.models.image_loading import ImageInput, center_crop, load_rgb
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
-from hf_opentrans.models.segmenting import segment
 from hf_opentrans.models.vocabulary import Vocabulary
 
 
@@ -45,7 +46,7 @@ def evaluate_segmentation(
     on_image: Callable[[], object] = int,
     **options: Any,
 ) -> SegmentationScores:
-    """Segment images by all class names and compare with their masks.
+    """Segment images by all class names and compare with their masks; see `evaluate_data` for folders.
 
     Args:
         model: The segmenter.
@@ -53,13 +54,16 @@ def evaluate_segmentation(
         samples: Pairs of an image and its mask of shape `(height, width)`: class indices, -1 where nothing counts.
         class_names: Names by class index; ";" separates aliases.
         on_image: Called after every image.
-        **options: Passed to `segment`: mode, inference, resolution, batch_size.
+        **options: Knobs of the protocol "native" to change, such as mode, inference or resolution: see [`Protocol`].
+
+    Raises:
+        ValueError: If the model cannot follow the protocol, or an image and its mask differ in size.
     """
-    metric = MeanIoU(len(class_names))
-    vocabulary = Vocabulary(class_names, templates=cast("Any", model.config).segmentation_templates)
+    protocol = find_protocol("native", **options)
+    segmenter = ProtocolSegmenter(model, processor, class_names, protocol)
+    metric = MeanIoU(len(class_names), absent=protocol.absent)
     for image, mask in samples:
-        (result,) = segment(model, processor, image, vocabulary, **options)
-        metric.update(result.segmentation, torch.as_tensor(mask))
+        metric.update(segmenter.classes(*segmenter.prepare(image)), torch.as_tensor(mask))
         on_image()
     return metric.compute()
 

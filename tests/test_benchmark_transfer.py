@@ -244,9 +244,10 @@ def test_joined_rows_are_compared_with_full_fine_tuning():
     rows += [row("deeplabv3plus", "dense", 1.0, seed, 0.5 + seed / 100, trained="full") for seed in range(3)]
     found = claims(rows)
     assert [claim.text for claim in found] == [
-        f"deeplabv3plus, {score}: pruned and alpha above dense and full fine-tuning" for score in ("seen", "unseen")
+        f"deeplabv3plus, {score}: pruned and alpha against dense and full fine-tuning" for score in ("seen", "unseen")
     ]
     assert found[0].difference.mean == pytest.approx(0.09)
+    assert [claim.verdict for claim in found] == ["higher", "no difference shown"]
 
 
 # Tables

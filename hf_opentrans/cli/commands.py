@@ -1,7 +1,6 @@
-"""The commands `demo`, `prune`, `segment`, `evaluate`, `info` and `scenes`."""
+"""The commands `demo`, `prune`, `segment`, `info` and `scenes`."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from PIL import Image
-from tqdm.auto import tqdm
 
 from hf_opentrans._distributed import is_main_process, start_processes
 from hf_opentrans._files import check_output_folder, write_folder
@@ -27,10 +25,8 @@ from hf_opentrans.cli._common import (
     shows_progress,
     usage,
 )
-from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.data.scenes import SceneGenerator, write_scenes
 from hf_opentrans.demo import run_demo
-from hf_opentrans.evaluation import evaluate_segmentation, folder_samples
 from hf_opentrans.loading import LoadedResNet, embedded_names, load_clip, load_clip_resnet, load_segmenter
 from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.image_loading import load_rgb
@@ -337,55 +333,9 @@ def _mask_image(result: SegmentationResult) -> Image.Image:
     return Image.fromarray(np.where(ids < 0, 255 if few else 65535, ids).astype(np.uint8 if few else np.uint16))
 
 
-@app.command()
-@guarded
-def evaluate(
-    model: Model,
-    dataset: Annotated[Path, typer.Option(help="Folder with images/, masks/ and classes.json.")],
-    split: Annotated[str | None, typer.Option(help="Subfolder of images/ and masks/.")] = None,
-    mode: Mode = None,
-    inference: Inference = "whole",
-    resolution: Resolution = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Measure mIoU, pixel accuracy and mean accuracy on a folder of images and masks."""
-    _check_choices(mode, inference)
-    folder = SegmentationFolder(dataset, split)
-    segmenter, processor = load_segmenter(model)
-    count = len(folder) if limit is None else min(limit, len(folder))
-    with tqdm(total=count, desc="Evaluating", unit="image", disable=not shows_progress(), leave=False) as bar:
-        scores = evaluate_segmentation(
-            segmenter,
-            processor,
-            folder_samples(folder, limit),
-            folder.class_names,
-            on_image=bar.update,
-            mode=mode,
-            inference=inference,
-            resolution=resolution,
-        )
-    figures = {
-        "mIoU": scores.mean_iou,
-        "pixel accuracy": scores.pixel_accuracy,
-        "mean accuracy": scores.mean_accuracy,
-        "frequency-weighted IoU": scores.frequency_weighted_iou,
-    }
-    title = f"{model} on {dataset.name}, {count} images, {len(folder.class_names)} classes"
-    show_table((["metric", "value"], [[name, f"{value:.2%}"] for name, value in figures.items()]), title=title)
-    per_class = dict(zip(folder.class_names, (_none_if_nan(v) for v in scores.per_class_iou), strict=True))
-    values = {"model": model, "dataset": str(dataset), "split": split, "images": count, "seed": None}
-    options = {"mode": mode or segmenter.config.segmentation_mode, "inference": inference, "resolution": resolution}
-    save_json(json_file, command_line(), {**values, **options, **figures, "per_class_iou": per_class})
-
-
 def _weight_bytes(folder: Path) -> int | None:
     """Bytes of the model's own weight files; None where it came from the Hub."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else None
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 @app.command()

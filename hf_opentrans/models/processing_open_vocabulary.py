@@ -1,7 +1,8 @@
 """Images and names to tensors, and logits to segmentations."""
 
-from collections.abc import Sequence
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,6 +18,10 @@ from .vocabulary import BACKGROUND_NAME, Vocabulary
 LONGEST_SIDE_RATIO = 6
 # Upper bound on the logits that post-processing holds at once, in bytes.
 STRIP_BYTES = 128 * 2**20
+# How the names of a class become its score; see `post_process_semantic_segmentation`.
+ALIAS_REDUCES = ("max_prob", "max_logit")
+# Bytes that `upsampled_argmax` holds per compared value: the value, where it is the best, its index, and room.
+_BYTES_PER_VALUE = 16
 
 
 class OpenVocabularyProcessor(CLIPProcessor):
@@ -64,6 +69,7 @@ class OpenVocabularyProcessor(CLIPProcessor):
         *,
         resolution: int | None = None,
         size_divisor: int = 16,
+        longest_side: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Return `pixel_values` and `target_sizes`.
@@ -72,6 +78,8 @@ class OpenVocabularyProcessor(CLIPProcessor):
             images: One image or several: paths, PIL images or arrays (see `load_rgb`).
             resolution: Short side in pixels. Defaults to that of the image processor.
             size_divisor: Both sides become multiples of this, the model's patch size.
+            longest_side: Upper bound on the long side in pixels; the short side then shrinks along. Defaults to
+                `LONGEST_SIDE_RATIO` times the resolution.
             **kwargs: Ignored.
 
         Returns:
@@ -79,7 +87,9 @@ class OpenVocabularyProcessor(CLIPProcessor):
             the images differ in shape; `target_sizes`, the original `(height, width)` of each.
         """
         loaded = [load_rgb(image) for image in as_list(images)]
-        tensors = [self._to_tensor(image, resolution or self.resolution, size_divisor) for image in loaded]
+        resolution = resolution or self.resolution
+        longest = longest_side or LONGEST_SIDE_RATIO * resolution
+        tensors = [self._to_tensor(image, resolution, longest, size_divisor) for image in loaded]
         same = len({tensor.shape for tensor in tensors}) == 1
         return BatchFeature(
             {
@@ -88,8 +98,8 @@ class OpenVocabularyProcessor(CLIPProcessor):
             }
         )
 
-    def _to_tensor(self, image: Image.Image, resolution: int, divisor: int) -> torch.Tensor:
-        scale = min(resolution / min(image.size), LONGEST_SIDE_RATIO * resolution / max(image.size))
+    def _to_tensor(self, image: Image.Image, resolution: int, longest: int, divisor: int) -> torch.Tensor:
+        scale = min(resolution / min(image.size), longest / max(image.size))
         width, height = (max(divisor, round(side * scale / divisor) * divisor) for side in image.size)
         pixels = self.image_processor(
             image, size={"height": height, "width": width}, do_center_crop=False, return_tensors="pt"
@@ -101,54 +111,226 @@ class OpenVocabularyProcessor(CLIPProcessor):
         outputs: OpenVocabularySegmenterOutput,
         target_sizes: Sequence[tuple[int, int]] | None = None,
         threshold: float | None = None,
+        *,
+        alias_reduce: str = "max_prob",
+        prefilter: int | None = None,
     ) -> list[SegmentationResult]:
         """Turn logits into one class and score per pixel.
 
-        Logits are interpolated (bilinear), softmax runs over all queries of the vocabulary, a class has the highest
-        probability among its aliases (SCLIP, NACLIP). Works in strips, so that thousands of names fit in memory.
+        Logits are interpolated (bilinear). Works in strips, so that thousands of names fit in memory. Where the class
+        alone is wanted, `post_process_class_ids` is much faster.
 
         Args:
             outputs: Of [`DenseCLIPForSegmentation`], called with a vocabulary.
             target_sizes: `(height, width)` of every result. Defaults to the size of the logits.
             threshold: Pixels whose best probability is lower become "background" where the vocabulary has such a
                 class, and -1 (unlabelled) otherwise. In 0..1.
+            alias_reduce: What the names of a class have to do with its probability. "max_prob" (SCLIP, NACLIP): the
+                softmax runs over all names, and a class has the highest probability among its names. "max_logit"
+                (FC-CLIP): a class has the highest logit among its names, and the softmax runs over classes. Both
+                choose the same class. (For "mean_embedding" see `Vocabulary.merged`.)
+            prefilter: In every image keep this many names, those with the highest logit at any position of the grid;
+                all others get no pixel, and probabilities are over the names that are kept.
 
         Raises:
-            ValueError: If the outputs hold no logits, or the sizes or the threshold do not fit.
+            ValueError: If the outputs hold no logits, or the sizes, the threshold or a choice do not fit.
         """
-        if outputs.logits is None or outputs.vocabulary is None:
-            raise ValueError(
-                "The outputs hold no logits with a vocabulary. Both are needed. Call the model with vocabulary=."
-            )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}. It is a probability and must lie in 0..1.")
-        grid = (outputs.logits.shape[-2], outputs.logits.shape[-1])
-        sizes = list(target_sizes or [grid] * len(outputs.logits))
-        if len(sizes) != len(outputs.logits):
-            raise ValueError(
-                f"There are {len(sizes)} target sizes for {len(outputs.logits)} images. Give one (height, width) each."
-            )
-        return [
-            _segment(logits.float(), size, outputs.vocabulary, threshold)
-            for logits, size in zip(outputs.logits, sizes, strict=True)
-        ]
+        if alias_reduce not in ALIAS_REDUCES:
+            raise ValueError(f"alias_reduce is {alias_reduce!r}. It must be one of {', '.join(ALIAS_REDUCES)}.")
+        vocabulary, parts = _images(outputs, target_sizes, prefilter)
+        fallback = vocabulary.names.index(BACKGROUND_NAME) if BACKGROUND_NAME in vocabulary.names else UNLABELLED
+        results = []
+        for logits, owners, size in parts:
+            ids, scores = _classes_and_scores(logits, owners, size, alias_reduce)
+            if threshold is not None:
+                ids = torch.where(scores < threshold, fallback, ids)
+            results.append(SegmentationResult(ids.cpu(), scores.cpu(), vocabulary.names))
+        return results
+
+    def post_process_class_ids(
+        self,
+        outputs: OpenVocabularySegmenterOutput,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        prefilter: int | None = None,
+    ) -> list[torch.Tensor]:
+        """Turn logits into one class per pixel, without scores: the fast way for scoring.
+
+        The classes are those of `post_process_semantic_segmentation` without a threshold, under either alias rule.
+
+        Args:
+            outputs: Of an open-vocabulary segmenter, called with a vocabulary.
+            target_sizes: `(height, width)` of every result. Defaults to the size of the logits.
+            prefilter: See `post_process_semantic_segmentation`.
+
+        Returns:
+            Class indices of shape `(height, width)` for every image, on the device of the logits.
+
+        Raises:
+            ValueError: If the outputs hold no logits, or the sizes or the prefilter do not fit.
+        """
+        _, parts = _images(outputs, target_sizes, prefilter)
+        return [owners[upsampled_argmax(logits, size)] for logits, owners, size in parts]
 
 
-def _segment(
-    logits: torch.Tensor, size: tuple[int, int], vocabulary: Vocabulary, threshold: float | None
-) -> SegmentationResult:
-    query_to_class = vocabulary.query_to_class.to(logits.device)
+def _images(
+    outputs: OpenVocabularySegmenterOutput, target_sizes: Sequence[tuple[int, int]] | None, prefilter: int | None
+) -> tuple[Vocabulary, Iterator[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]]:
+    """Return the vocabulary, and for every image logits, the class of each of their channels, and the size."""
+    logits, vocabulary = outputs.logits, outputs.vocabulary
+    if logits is None or vocabulary is None:
+        raise ValueError(
+            "The outputs hold no logits with a vocabulary. Both are needed. Call the model with vocabulary=."
+        )
+    if prefilter is not None and prefilter < 1:
+        raise ValueError(f"prefilter is {prefilter}. At least 1 name must be kept. Raise it or leave it out.")
+    sizes = list(target_sizes or [(logits.shape[-2], logits.shape[-1])] * len(logits))
+    if len(sizes) != len(logits):
+        raise ValueError(
+            f"There are {len(sizes)} target sizes for {len(logits)} images. Give one (height, width) each."
+        )
+    owners = vocabulary.query_to_class.to(logits.device)
+    parts = (_prefiltered(image.float(), owners, prefilter) for image in logits)
+    return vocabulary, ((*part, size) for part, size in zip(parts, sizes, strict=True))
+
+
+def _prefiltered(logits: torch.Tensor, owners: torch.Tensor, keep: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if keep is None or keep >= len(logits):
+        return logits, owners
+    kept = logits.flatten(1).amax(1).topk(keep).indices.sort().values
+    return logits[kept], owners[kept]
+
+
+def _classes_and_scores(
+    logits: torch.Tensor, owners: torch.Tensor, size: tuple[int, int], alias_reduce: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return class and probability of every pixel, of shape `(height, width)`."""
     ids = torch.empty(size, dtype=torch.long, device=logits.device)
     scores = torch.empty(size, device=logits.device)
     for rows, strip in upsampled_strips(logits, size):
-        best, query = strip.max(dim=0)
+        compared, classes = (strip, owners) if alias_reduce == "max_prob" else _best_names(strip, owners)
+        best, winner = compared.max(dim=0)
         # softmax of the winner alone: exp(best - logsumexp)
-        scores[rows] = (best - strip.logsumexp(dim=0)).exp()
-        ids[rows] = query_to_class[query]
-    if threshold is not None:
-        fallback = vocabulary.names.index(BACKGROUND_NAME) if BACKGROUND_NAME in vocabulary.names else UNLABELLED
-        ids = torch.where(scores < threshold, fallback, ids)
-    return SegmentationResult(ids.cpu(), scores.cpu(), vocabulary.names)
+        scores[rows] = (best - compared.logsumexp(dim=0)).exp()
+        ids[rows] = classes[winner]
+    return ids, scores
+
+
+def _best_names(logits: torch.Tensor, owners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest logit among the names of every class that has one, and these classes."""
+    classes, counts = owners.unique_consecutive(return_counts=True)
+    first = counts.cumsum(0) - counts
+    best = logits[first]
+    for number in range(1, int(counts.max())):
+        more = (counts > number).nonzero()[:, 0]
+        best[more] = torch.maximum(best[more], logits[first[more] + number])
+    return best, classes
+
+
+class _Axis(NamedTuple):
+    """How the pixels along one side lie between the positions of a grid.
+
+    Args:
+        low: First position of every cell that has pixels, `(cells,)`; the second one is `high`.
+        high: The next position, or the same at the end.
+        weights: Weight of `high` for the pixels of every cell, `(cells, pixels)`, zero where there are fewer.
+        cell: Cell of every pixel, `(side,)`.
+        offset: Place of every pixel in its cell, `(side,)`.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    weights: torch.Tensor
+    cell: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def of(cls, source: int, target: int, device: torch.device) -> "_Axis":
+        """Divide `target` pixels among `source` positions (half-pixel centres)."""
+        low, weight = _bilinear_positions(source, target, device)
+        cells, cell, counts = low.unique_consecutive(return_inverse=True, return_counts=True)
+        offset = torch.arange(target, device=device) - (counts.cumsum(0) - counts)[cell]
+        weights = torch.zeros(len(cells), int(counts.max()), device=device)
+        weights[cell, offset] = weight
+        return cls(cells, (cells + 1).clamp(max=source - 1), weights, cell, offset)
+
+
+def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], max_bytes: int = STRIP_BYTES) -> torch.Tensor:
+    """Return the channel that is largest at every pixel of the bilinearly resized map, `(height, width)`.
+
+    Equals `torch.nn.functional.interpolate(..., mode="bilinear", align_corners=False).argmax` where no two channels
+    tie within rounding; of exactly equal ones either may win. A pixel is a weighted mean of the four positions around
+    it. So a channel that exceeds the strongest one at none of these four wins nowhere between them, and only the
+    others are interpolated there: usually few.
+
+    Args:
+        logits: Map of shape `(channels, grid_height, grid_width)`.
+        size: Target `(height, width)` in pixels.
+        max_bytes: Upper bound on what is held at once beside the result and a copy of the logits; at least one row of
+            cells is compared, and one cell interpolated.
+
+    Raises:
+        ValueError: If a logit is not finite.
+    """
+    if not bool(logits.isfinite().all()):
+        raise ValueError("The logits hold NaN or infinite values. No class is the largest. Use another precision.")
+    rows = _Axis.of(logits.shape[1], size[0], logits.device)
+    columns = _Axis.of(logits.shape[2], size[1], logits.device)
+    by_position = logits.permute(1, 2, 0).contiguous()
+    shape = (len(rows.low), len(columns.low), rows.weights.shape[1], columns.weights.shape[1])
+    winners = torch.empty(shape, dtype=torch.long, device=logits.device)
+    # Four corners of every channel, and a few flags.
+    band = max(1, max_bytes // (len(columns.low) * len(logits) * 24))
+    for start in range(0, len(rows.low), band):
+        part = slice(start, start + band)
+        corners = [
+            by_position[y[part]][:, x].flatten(0, 1)
+            for y in (rows.low, rows.high)
+            for x in (columns.low, columns.high)
+        ]
+        across = columns.weights.repeat(len(rows.low[part]), 1)
+        down = rows.weights[part].repeat_interleave(len(columns.low), 0)
+        winners[part] = _winners(corners, down, across, max_bytes).view(-1, *shape[1:])
+    return winners[rows.cell[:, None], columns.cell, rows.offset[:, None], columns.offset]
+
+
+def _winners(
+    corners: Sequence[torch.Tensor], down: torch.Tensor, across: torch.Tensor, max_bytes: int
+) -> torch.Tensor:
+    """Return the largest channel at the pixels of every cell, `(cells, pixels down, pixels across)`.
+
+    Args:
+        corners: Channels at the top left, top right, bottom left and bottom right, each `(cells, channels)`.
+        down: Weights of the bottom, `(cells, pixels down)`.
+        across: Weights of the right, `(cells, pixels across)`.
+        max_bytes: See `upsampled_argmax`.
+    """
+    strongest = (corners[0] + corners[1] + corners[2] + corners[3]).argmax(1, keepdim=True)
+    may_win = torch.zeros_like(corners[0], dtype=torch.bool).scatter_(1, strongest, True)
+    for corner in corners:
+        may_win |= corner > corner.gather(1, strongest)
+    counts, order = may_win.sum(1).sort()
+    counts = counts.tolist()
+    winners = torch.empty(len(order), down.shape[1], across.shape[1], dtype=torch.long, device=down.device)
+    start = 0
+    while start < len(order):
+        # Cells with about as many channels go together; what is filled up cannot win.
+        end = bisect_right(counts, counts[start] * 5 // 4)
+        fitting = max_bytes // (_BYTES_PER_VALUE * counts[end - 1] * down.shape[1] * across.shape[1])
+        end = min(end, start + max(1, fitting))
+        cells = order[start:end]
+        channels = may_win[cells].byte().topk(counts[end - 1], dim=1).indices
+        kept = [corner[cells].gather(1, channels)[:, :, None] for corner in corners]
+        left, right = (torch.lerp(kept[i], kept[i + 2], down[cells][:, None]) for i in (0, 1))
+        values = torch.lerp(left[..., None], right[..., None], across[cells][:, None, None])
+        # argmax along a middle dimension is a hundred times slower than amax.
+        is_best = values == values.amax(1, keepdim=True)
+        numbers = channels.float()[:, :, None, None]  # exact up to 2^24
+        winners[cells] = torch.where(is_best, numbers, float(may_win.shape[1])).amin(1).long()
+        start = end
+    return winners
 
 
 def upsampled_strips(logits: torch.Tensor, size: tuple[int, int], max_bytes: int = STRIP_BYTES) -> Any:
@@ -175,12 +357,17 @@ def upsampled_strips(logits: torch.Tensor, size: tuple[int, int], max_bytes: int
 
 def _bilinear_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Return the weights of every source index in every target index, `(target, source)` (half-pixel centres)."""
-    position = ((torch.arange(target, device=device) + 0.5) * (source / target) - 0.5).clamp(0, source - 1)
-    low = position.floor().long()
-    weight = (position - low).float()
+    low, weight = _bilinear_positions(source, target, device)
     matrix = torch.zeros(target, source, device=device)
     matrix.scatter_add_(1, low[:, None], (1 - weight)[:, None])
     return matrix.scatter_add_(1, (low + 1).clamp(max=source - 1)[:, None], weight[:, None])
+
+
+def _bilinear_positions(source: int, target: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for every target index the source index before it, and the weight of the one after."""
+    position = ((torch.arange(target, device=device) + 0.5) * (source / target) - 0.5).clamp(0, source - 1)
+    low = position.floor().long()
+    return low, (position - low).float()
 
 
 __all__ = ["OpenVocabularyProcessor"]

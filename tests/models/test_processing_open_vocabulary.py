@@ -6,9 +6,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_opentrans import OpenVocabularyProcessor, OpenVocabularySegmenterOutput, Vocabulary
-from hf_opentrans.models.processing_open_vocabulary import upsampled_strips
+from hf_opentrans.models.processing_open_vocabulary import upsampled_argmax, upsampled_strips
 
 QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -160,3 +161,128 @@ def test_it_reads_and_writes_the_files_of_a_clip_folder(tmp_path, tiny_clip_fold
     image = Image.fromarray(np.arange(48 * 40 * 3, dtype=np.uint8).reshape(40, 48, 3))
     assert torch.equal(processor(image)["pixel_values"], again(image)["pixel_values"])
     assert again.tokenizer(["a cat"])["input_ids"] == processor.tokenizer(["a cat"])["input_ids"]
+
+
+# The class alone
+
+
+def _naive_ids(logits, size, owners):
+    wide = torch.nn.functional.interpolate(logits[None].double(), size=size, mode="bilinear", align_corners=False)[0]
+    best = wide.topk(min(2, len(wide)), dim=0).values
+    is_clear = (best[0] - best[-1] > 1e-4) | (len(wide) == 1)
+    return owners[wide.argmax(0)], is_clear
+
+
+@QUICK
+@given(
+    queries=st.integers(1, 30),
+    source=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    smoothness=st.sampled_from([0.0, 1.0, 5.0]),
+    max_bytes=st.integers(1, 20_000),
+    seed=st.integers(0, 1000),
+)
+def test_upsampled_argmax_equals_interpolate_and_argmax(queries, source, size, smoothness, max_bytes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # With a strong constant per query few can win anywhere, without it most can.
+    constant = smoothness * torch.randn(queries, 1, 1, generator=generator)
+    logits = torch.randn(queries, *source, generator=generator) + constant
+    expected, is_clear = _naive_ids(logits, size, torch.arange(queries))
+    found = upsampled_argmax(logits, size, max_bytes)
+    assert found.shape == size
+    assert torch.equal(found[is_clear], expected[is_clear])
+
+
+def test_upsampled_argmax_settles_ties_and_refuses_nan():
+    logits = torch.zeros(3, 2, 2)
+    logits[0] = -1.0
+    assert set(upsampled_argmax(logits, (5, 5)).unique().tolist()) <= {1, 2}
+    logits[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="The logits hold NaN or infinite values"):
+        upsampled_argmax(logits, (5, 5))
+
+
+@QUICK
+@given(
+    name=st.sampled_from(sorted(VOCABULARIES)),
+    prefilter=st.one_of(st.none(), st.integers(1, 6)),
+    alias_reduce=st.sampled_from(["max_prob", "max_logit"]),
+    size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    seed=st.integers(0, 1000),
+)
+def test_class_ids_equal_those_with_scores_under_either_rule(processor, name, prefilter, alias_reduce, size, seed):
+    vocabulary = VOCABULARIES[name]
+    logits = 3 * torch.randn(1, len(vocabulary.queries), 4, 5, generator=torch.Generator().manual_seed(seed))
+    owners = vocabulary.query_to_class
+    kept = sorted(logits[0].flatten(1).amax(1).argsort(descending=True)[:prefilter].tolist())
+    expected, is_clear = _naive_ids(logits[0, kept], size, owners[kept])
+    outputs = outputs_of(logits, vocabulary)
+    (ids,) = processor.post_process_class_ids(outputs, [size], prefilter=prefilter)
+    options = {"alias_reduce": alias_reduce, "prefilter": prefilter}
+    (result,) = processor.post_process_semantic_segmentation(outputs, [size], **options)
+    assert torch.equal(ids[is_clear], expected[is_clear])
+    assert torch.equal(result.segmentation[is_clear], expected[is_clear])
+
+
+def test_alias_rules_by_hand(processor):
+    # One pixel, logits 1, 2 (one class) and 0: softmax over names e/Z, e2/Z, 1/Z with Z = e + e2 + 1.
+    vocabulary = Vocabulary(["cat; kitten", "dog"])
+    outputs = outputs_of(torch.tensor([1.0, 2.0, 0.0]).view(1, 3, 1, 1), vocabulary)
+    e = np.e
+    expected = {"max_prob": e**2 / (e + e**2 + 1), "max_logit": e**2 / (e**2 + 1)}
+    for rule, score in expected.items():
+        (result,) = processor.post_process_semantic_segmentation(outputs, alias_reduce=rule)
+        assert result.segmentation.tolist() == [[0]]
+        assert float(result.scores) == pytest.approx(score, rel=1e-5)
+    # The two best names are those of the cat: the dog is out, and probabilities are over what is kept.
+    for rule, score in {"max_prob": e / (1 + e), "max_logit": 1.0}.items():
+        options = {"alias_reduce": rule, "prefilter": 2}
+        (result,) = processor.post_process_semantic_segmentation(outputs, **options)
+        assert float(result.scores) == pytest.approx(score, rel=1e-5)
+
+
+def test_prefilter_is_chosen_for_every_image(processor):
+    logits = torch.zeros(2, 3, 2, 2)
+    logits[0, 0, 0, 0], logits[1, 2, 1, 1] = 5.0, 5.0
+    outputs = outputs_of(logits, VOCABULARIES["plain"])
+    found = processor.post_process_class_ids(outputs, prefilter=1)
+    assert [ids.unique().tolist() for ids in found] == [[0], [2]]
+
+
+def test_wrong_choices_are_refused(processor):
+    outputs = outputs_of(torch.zeros(1, 3, 2, 2), VOCABULARIES["plain"])
+    with pytest.raises(ValueError, match=r"alias_reduce is 'mean'\. It must be one of max_prob, max_logit"):
+        processor.post_process_semantic_segmentation(outputs, alias_reduce="mean")
+    with pytest.raises(ValueError, match=r"prefilter is 0\. At least 1 name must be kept"):
+        processor.post_process_class_ids(outputs, prefilter=0)
+
+
+@pytest.mark.parametrize(("spread", "side"), [(20, 640), (0, 320)])
+def test_many_classes_need_little_memory(spread, side):
+    """Of 847 classes at 640 x 640 the whole map takes 1.4 GB; here no tensor is larger than the bound."""
+    bound = 4 * 2**20
+    logits = torch.randn(847, 40, 40)[:, : side // 16, : side // 16] + spread * torch.randn(847, 1, 1)
+    with LargestTensor() as largest:
+        ids = upsampled_argmax(logits, (side, side), bound)
+    assert ids.shape == (side, side)
+    copies = [logits.untyped_storage().nbytes(), 3 * ids.untyped_storage().nbytes()]
+    assert largest.bytes <= max(bound, *copies) < 847 * side**2 * 4 / 25
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage().nbytes()
+                self.bytes = max(self.bytes, storage)
+        return found
+
+
+def test_the_longest_side_bounds_the_picture(processor):
+    batch = processor(Image.new("RGB", (400, 40)), resolution=32, size_divisor=8, longest_side=160)
+    assert batch["pixel_values"].shape == (1, 3, 16, 160)

@@ -5,7 +5,7 @@ import torch
 
 from hf_opentrans import Vocabulary
 from hf_opentrans.models.prompt_templates import PROMPT_TEMPLATES
-from hf_opentrans.models.vocabulary import BACKGROUND_WORDS
+from hf_opentrans.models.vocabulary import BACKGROUND_PRESETS, BACKGROUND_WORDS, background_class
 
 
 def test_names_and_aliases():
@@ -64,6 +64,20 @@ def test_background_is_one_more_class_of_many_words():
     assert Vocabulary(["cat", "sky"], background=["sky"]).queries == ("cat", "sky", "background")
 
 
+def test_background_presets():
+    assert {name: len(words) for name, words in BACKGROUND_PRESETS.items()} == {
+        "words26": 26,
+        "words17": 17,
+        "background": 1,
+    }
+    assert set(BACKGROUND_PRESETS["words17"]) < set(BACKGROUND_WORDS)
+    assert Vocabulary(["cat"], background="words17").queries[1:] == BACKGROUND_PRESETS["words17"]
+    literal = Vocabulary(["cat"], background="background")
+    assert literal.queries == ("cat", "background")
+    assert literal == Vocabulary(["cat", "background"])
+    assert background_class("hill; Sky", [["sky"], ["cat"]]) == ("background", "hill")
+
+
 def test_background_that_is_a_class_already_is_refused():
     with pytest.raises(ValueError, match="'background' occurs twice"):
         Vocabulary(["cat", "background"], background="words26")
@@ -109,6 +123,32 @@ def test_encoding_keeps_the_background():
     encoded = vocabulary.encode(lambda texts: torch.eye(3)[: len(texts)])
     assert encoded.names == ("cat", "background")
     assert encoded.queries == ("cat", "sky", "road")
+
+
+def test_merging_averages_the_names_of_a_class():
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.6, 0.8], [0.0, 0.0, 1.0]])
+    names = ["cat; kitten", "dog"]
+    vocabulary = Vocabulary(names, background=["sky"], templates="plain")
+    encoded = vocabulary.encode(lambda texts: rows[: len(texts)])
+    merged = encoded.merged()
+    # cat: (1, 0, 0) and (0, 1, 0) have the mean direction (1, 1, 0) / sqrt(2).
+    expected = torch.tensor([[0.5**0.5, 0.5**0.5, 0.0], [0.0, 0.6, 0.8], [0.0, 0.0, 1.0]])
+    assert merged.text_embeddings is not None
+    torch.testing.assert_close(merged.text_embeddings, expected)
+    assert merged.queries == merged.names == ("cat", "dog", "background")
+    assert merged.query_to_class.tolist() == [0, 1, 2]
+    assert merged.classes == encoded.classes  # which class is seen in training is told by all names
+    assert merged != encoded
+    assert len(encoded.queries) == 4
+    again = merged.merged()
+    assert again.text_embeddings is not None
+    torch.testing.assert_close(again.text_embeddings, expected)
+    # Merged before it is encoded, as `segment` does: the same.
+    late = vocabulary.merged().encode(lambda texts: rows[: len(texts)])
+    assert late.text_embeddings is not None
+    torch.testing.assert_close(late.text_embeddings, expected)
+    assert late.fingerprint == merged.fingerprint != encoded.fingerprint
+    assert vocabulary.merged().text_embeddings is None
 
 
 def test_the_fingerprint_depends_on_names_and_templates():
