@@ -60,6 +60,16 @@ def other(tmp_path, tiny_clip_folder, make_tiny_clip):
     return folder
 
 
+def test_a_missing_benchmark_lists_its_layouts_line_by_line(tmp_path):
+    result = CliRunner().invoke(
+        app, ["evaluate", "clip-scenes", "--benchmark", "cityscapes", "--data-root", str(tmp_path)]
+    )
+    assert result.exit_code == USAGE
+    items = [line for line in result.stderr.splitlines() if line.startswith("  - cityscapes: ")]
+    assert len(items) == 3
+    assert result.stderr.splitlines()[-1].startswith("Nothing is downloaded. Get the data from https://")
+
+
 def forbid_scoring(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError

@@ -32,6 +32,9 @@ LOG_WIDTH = None if sys.stdout.isatty() else 120
 out, err = Console(width=LOG_WIDTH), Console(stderr=True)
 
 
+LIST_ITEM = "\n  - "
+
+
 def repeat_options(arguments: list[str]) -> list[str]:
     """Rewrite `benchmark ... --keep 0.7 0.5` as repeated options, the only form that the parser knows."""
     if arguments[:1] not in (["benchmark"], ["evaluate"]):
@@ -91,8 +94,16 @@ def _fail(error: BaseException, code: int) -> None:
         message = known if "Nothing was written" in known else f"No space is left ({message}). Free some space."
     elif isinstance(error, PermissionError):
         message = f"Access to {error.filename!r} is not allowed. Choose a place that you may write to."
-    err.print(f"[bold red]Error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+    err.print(f"[bold red]Error:[/] {escape(_unwrapped(message))}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def _unwrapped(message: str) -> str:
+    """Put a message on one line, but for lists in it."""
+    if LIST_ITEM not in message:
+        return " ".join(message.split())
+    lines = [(line.startswith(LIST_ITEM[1:]), " ".join(line.split())) for line in message.splitlines()]
+    return "\n".join(f"  {line}" if is_item else line for is_item, line in lines)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
