@@ -215,7 +215,7 @@ class StoredScores:
                 found = sum(entry.stat().st_size for entry in Path(self.data_dir).glob("*.arrow"))
                 return histogram_scores(zip(predictions, references, strict=True), classes)
 
-        metric = Storing(cache_dir=str(self.folder))
+        metric: Any = Storing(cache_dir=str(self.folder))
         for prediction, target in pairs:
             metric.add_batch(predictions=[prediction], references=[target])
         scores = metric.compute()

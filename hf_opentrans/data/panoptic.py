@@ -160,8 +160,7 @@ class PanopticQuality:
             raise RuntimeError(
                 "There are 0 segments. A score needs at least one, in the target or predicted. Call `update` first."
             )
-        total = matched + 0.5 * positives + 0.5 * negatives  # in float64: 0 / 0 is nan
-        total = total.double()
+        total = matched.double() + (positives + negatives) / 2  # 0 / 0 is nan
         pq, rq = self._iou / total, matched / total
         # Without a match the quality of matches is 0, as in the COCO API.
         sq = torch.where(total > 0, self._iou / matched.clamp(min=1), torch.nan)
