@@ -222,6 +222,6 @@ def test_the_bar_counts_the_steps_of_its_own_process(tiny_clip, monkeypatch):
     totals = []
     for processes in (1, 2):
         monkeypatch.setattr(prune, "process_count", lambda processes=processes: processes)
-        totals.append(prune._Run(tower, config, 40, progress=False).bar.total)
+        totals.append(prune._steps(tower, config, 40))
     # Forty images are read by every process; eleven and six batches go through three layers.
     assert totals[0] - totals[1] == 3 * (11 - 6) * (1 + 2) + (11 - 6)

@@ -2,14 +2,12 @@
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hf_opentrans._checks import check_finite
 from hf_opentrans._distributed import add_up, is_main_process, own_share, process_count, wait_for_all
@@ -31,12 +29,12 @@ from .channel_statistics import Key
 from .channel_trunk import STRIDE, Trunk, TrunkCost, slice_channels
 from .plan import PruningConfig
 from .reconstruction import Rebuilt
+from .stages import StagedRun
 
 CHANNEL_REPORT_FILE = "channel_pruning_report.json"
 # Options that say something about heads, or about searches that channels do not have.
 WITHOUT_MEANING = ("structures", "metric", "search", "search_steps", "min_heads", "round_head_dim")
 WITHOUT_MEANING += ("protect_last_attention",)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def prune_channels(
     side = max((config.resolution or dense_model.config.image_size) // STRIDE, 1) * STRIDE
     budget = make_channel_budget(dense, config, side)
     found = list_images(images)
-    with _Run(config, len(found), len(dense.bottlenecks), progress) as run:
+    with StagedRun(_steps(config, len(found), len(dense.bottlenecks)), progress) as run:
         calibration = _load_calibration(dense, found, config, side, image_processor, run.step)
         choice = run.time("selection", lambda: select_channels(dense, calibration, budget, config, run.step))
         small = Trunk(slice_channels(dense_model, choice.kept))
@@ -379,33 +377,9 @@ def _make_report(
     )
 
 
-class _Run:
-    """Progress bar and wall times of one call."""
-
-    def __init__(self, config: PruningConfig, images: int, bottlenecks: int, progress: bool) -> None:
-        count = min(config.num_images, images)
-        batches = -(-count // (config.batch_size * process_count())) + 1  # of this process
-        steps = bottlenecks * batches * (5 if config.refit else 4) if config.method == "obs" and config.keep < 1 else 0
-        is_shown = progress and is_main_process()
-        self.bar = tqdm(total=count + steps, desc="Pruning", unit="step", disable=not is_shown, leave=False)
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    def __enter__(self) -> "_Run":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-        self.seconds["total"] = time.perf_counter() - self._start
-
-    def step(self) -> None:
-        """Advance the bar."""
-        self.bar.update()
-
-    def time(self, stage: str, work: Callable[[], _T]) -> _T:
-        """Run `work` and note how long it took."""
-        start = time.perf_counter()
-        self.bar.set_description(f"Pruning: {stage}")
-        result = work()
-        self.seconds[stage] = time.perf_counter() - start
-        return result
+def _steps(config: PruningConfig, images: int, bottlenecks: int) -> int:
+    """Return the steps of the progress bar."""
+    count = min(config.num_images, images)
+    batches = -(-count // (config.batch_size * process_count())) + 1  # of this process
+    steps = bottlenecks * batches * (5 if config.refit else 4) if config.method == "obs" and config.keep < 1 else 0
+    return count + steps

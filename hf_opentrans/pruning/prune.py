@@ -1,14 +1,12 @@
 """One-shot structured pruning of a CLIP vision tower from unlabelled images: the method, in order."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hf_opentrans._checks import check_finite
 from hf_opentrans._distributed import is_main_process, process_count, wait_for_all
@@ -27,13 +25,13 @@ from .refit import rebuild
 from .report import REPORT_FILE, PruningReport
 from .selection import Selection, recipe_of, select_baseline, select_ours
 from .sizes import head_dim_step
+from .stages import StagedRun
 from .subnetwork import Subnetwork
 from .summary import make_report, realised_error
 from .surgery import PrunableModel, slice_model, to_sparse
 from .tower import SparseModel, Tower
 
 SUBNETWORK_FOLDER = "subnetwork"
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def prune_model(
     tower = Tower.of(dense)
     budget = make_budget(tower, config, latency_table)
     found = list_images(images)
-    with _Run(tower, config, len(found), progress) as run:
+    with StagedRun(_steps(tower, config, len(found)), progress) as run:
         calibration = load_calibration(found, config, tower, image_processor, run.step)
         choice = run.time("selection", lambda: _select(dense, tower, calibration, budget, config, run.step))
         small = slice_model(dense, choice.plan, choice.maps)
@@ -233,41 +231,16 @@ def _structures(config: PruningConfig) -> set[str]:
     return {"vbp": {"mlp"}, "corp": {"mlp", "qk"}, "corp-refit": {"mlp", "qk"}}.get(config.method, {"mlp", "heads"})
 
 
-class _Run:
-    """Progress bar and wall times of one call."""
-
-    def __init__(self, tower: Tower, config: PruningConfig, images: int, progress: bool) -> None:
-        count = min(config.num_images, images)
-        batches = -(-count // (config.batch_size * process_count())) + 1  # of this process
-        layers, recipe = len(tower.layers), recipe_of(config)
-        steps = layers * batches + batches if config.method in ("obs", "vbp", "flap", "corp", "corp-refit") else 0
-        steps += config.search_steps if config.search != "none" else 0
-        if recipe is not None:
-            steps += layers * batches * (4 if recipe.propagates else 2)
-        total = (count + steps) if config.keep < 1 else count
-        is_shown = progress and is_main_process()
-        self.bar = tqdm(total=total, desc="Pruning", unit="step", disable=not is_shown, leave=False)
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    def __enter__(self) -> "_Run":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-        self.seconds["total"] = time.perf_counter() - self._start
-
-    def step(self) -> None:
-        """Advance the bar."""
-        self.bar.update()
-
-    def time(self, stage: str, work: Callable[[], _T]) -> _T:
-        """Run `work` and note how long it took."""
-        start = time.perf_counter()
-        self.bar.set_description(f"Pruning: {stage}")
-        result = work()
-        self.seconds[stage] = time.perf_counter() - start
-        return result
+def _steps(tower: Tower, config: PruningConfig, images: int) -> int:
+    """Return the steps of the progress bar."""
+    count = min(config.num_images, images)
+    batches = -(-count // (config.batch_size * process_count())) + 1  # of this process
+    layers, recipe = len(tower.layers), recipe_of(config)
+    steps = layers * batches + batches if config.method in ("obs", "vbp", "flap", "corp", "corp-refit") else 0
+    steps += config.search_steps if config.search != "none" else 0
+    if recipe is not None:
+        steps += layers * batches * (4 if recipe.propagates else 2)
+    return (count + steps) if config.keep < 1 else count
 
 
 def _origin(model: PrunableModel) -> tuple[str, str | None]:
