@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_opentrans.benchmark_claims import claim_text
 from hf_opentrans.benchmark_cuts import CutRow, cuts_notes, cuts_table
 from hf_opentrans.benchmark_metric import MetricRow, metric_notes, metric_table
 from hf_opentrans.benchmark_recovery_tables import RecoveryRow, recovery_notes, recovery_table
@@ -229,6 +230,7 @@ def fill_tables(text: str, results: Path) -> str:
 
     def fill(block: re.Match[str]) -> str:
         values = json.loads((results / block["file"]).read_text(encoding="utf-8"))
-        return f"{block[1]}{result_table(values)}{block[3]}"
+        text = claim_text(values, results) if "claim" in values else result_table(values)
+        return f"{block[1]}{text}{block[3]}"
 
     return _BLOCK.sub(fill, text)

@@ -16,6 +16,8 @@ from hf_opentrans.models.prompt_templates import resolve_templates
 from hf_opentrans.models.segmenting import SLIDE_RATIO
 from hf_opentrans.models.vocabulary import BACKGROUND_NAME, Vocabulary, background_class
 
+_WHOLE_NUMBERS = ("resolution", "longest_side", "window", "stride", "prefilter")
+_NUMBERS = ("logit_scale", "threshold")
 INFERENCES = ("whole", "slide")
 EVERY_ALIAS_REDUCE = (*ALIAS_REDUCES, "mean_embedding")
 ABSENT = ("zero", "ignore")
@@ -222,3 +224,36 @@ def find_protocol(name: str, /, **overrides: Any) -> Protocol:
     found = PROTOCOLS[name]
     changed = replace(found, **overrides)
     return found if changed == found else replace(changed, name=f"{name}+")
+
+
+def knobs_of_text(assignments: Sequence[str]) -> dict[str, Any]:
+    """Read knobs of a protocol as they are typed: "stride=56", "threshold=0.3", "background=words26", "window=none".
+
+    Args:
+        assignments: KNOB=VALUE each; "none" leaves the knob to the model.
+
+    Raises:
+        ValueError: If one is no assignment, its value is no number where one is needed, or a knob is set twice.
+    """
+    found: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name or not value:
+            raise ValueError(f"Got {text!r}. A knob is set as KNOB=VALUE. Write for example threshold=0.3.")
+        if name in found:
+            raise ValueError(f"The knob {name!r} is set twice, to {found[name]!r} and {value!r}. Keep one of them.")
+        found[name] = _typed(name, value)
+    return found
+
+
+def _typed(name: str, value: str) -> int | float | str | None:
+    if value.casefold() == "none":
+        return None
+    if name not in (*_WHOLE_NUMBERS, *_NUMBERS):
+        return value
+    whole = name in _WHOLE_NUMBERS
+    try:
+        return int(value) if whole else float(value)
+    except ValueError:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name} is {value!r}. It must be {kind}, or none. Correct it.") from None

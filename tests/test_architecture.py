@@ -19,7 +19,7 @@ CONFIGS, MODELINGS = "models.configuration_*", "models.modeling_*"
 CLIP, OPEN = "models.modeling_sparse_clip", "models.modeling_open_vocabulary"
 QUERIES, QUERY_BASE = "models.modeling_mask_queries", "models.modeling_mask_query_base"
 TEXT = "models.image_loading models.prompt_templates models.vocabulary"
-ALL_BUT_CLI = "_* models* data* pruning* spectra* training* loading evaluation* benchmark* demo*"
+ALL_BUT_CLI = "_* models* data* pruning* spectra* training* loading evaluation* benchmark* hub* deploy* demo*"
 MAY_IMPORT = {
     "__main__": "cli",
     "_optional": "",
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "models.vocabulary": TEXT,
     "models.processing_*": f"{TEXT} models.segmentation_result {MODELINGS}",
     "models.segmenting": "models.*",
+    "models.pipeline_*": "models.*",
     "models.*": "",
     "data": "data.*",
     "data.*": "_* data.*",
@@ -50,6 +51,10 @@ MAY_IMPORT = {
     "loading": "_* models*",
     "evaluation*": "_* models* data* loading evaluation*",
     "benchmark*": ALL_BUT_CLI,
+    "hub": "hub.*",
+    "hub.*": "_* models* data* pruning* spectra* loading evaluation* benchmark* hub.*",
+    "deploy": "deploy.*",
+    "deploy.*": "_* models* pruning* loading deploy.*",
     "demo*": ALL_BUT_CLI,
     "cli*": "*",
     ".": ALL_BUT_CLI,

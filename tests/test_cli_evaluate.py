@@ -178,12 +178,13 @@ def test_results_for_the_hub(tmp_path, root, tiny_clip_folder, other, monkeypatc
 def test_protocols_reach_the_measurement(tmp_path, root, tiny_clip_folder):
     target = tmp_path / "out.json"
     names = ["--benchmark", "pascal-voc-21", "--data-root", root, "--limit", 1, "--json", target]
-    options = ["--protocol", "dense336", "--resolution", 48, "--mode", "sclip"]
+    options = ["--protocol", "dense336", "--resolution", 48, "--mode", "sclip", "--set", "stride=112", "threshold=0.3"]
     code, out, error = run(tiny_clip_folder, *names, *options)
     assert code == 0, error
     knobs = json.loads(target.read_text())["rows"][0]["result"]["protocol"]
     assert (knobs["name"], knobs["resolution"], knobs["mode"]) == ("dense336+", 48, "sclip")
     assert (knobs["inference"], knobs["window"], knobs["templates"]) == ("slide", 224, "imagenet80")
+    assert (knobs["stride"], knobs["threshold"]) == (112, 0.3)
     assert "Protocol dense336+: resolution 48" in out
 
 
@@ -198,6 +199,8 @@ def test_missing_data_are_told_before_a_model_is_loaded(tmp_path, root, tiny_cli
         (["--dataset", root / "scenes", "--protocol", "dense"], "There is no protocol 'dense'"),
         (["--dataset", root / "scenes", "--mode", "magic"], "mode is 'magic'. It must be one of"),
         (["--dataset", root / "scenes", "--inference", "tiles"], "inference is 'tiles'. It must be one of"),
+        (["--dataset", root / "scenes", "--set", "stride"], "A knob is set as KNOB=VALUE"),
+        (["--dataset", root / "scenes", "--mode", "sclip", "--set", "mode=naclip"], "One of them decides"),
     ]
     for arguments, message in cases:
         code, _, error = run(tiny_clip_folder, *arguments)

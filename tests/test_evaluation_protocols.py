@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hf_opentrans import DeepLabV3PlusForSegmentation, DenseCLIPForSegmentation, OpenVocabularyProcessor
-from hf_opentrans.evaluation_protocols import PROTOCOLS, Protocol, find_protocol
+from hf_opentrans.evaluation_protocols import PROTOCOLS, Protocol, find_protocol, knobs_of_text
 from hf_opentrans.models.prompt_templates import PROMPT_TEMPLATES
 
 
@@ -121,3 +121,21 @@ def test_names_of_a_protocol():
     assert (merged.is_merged, merged.queries) == (True, ("background", "cat", "sky lamp"))
     with pytest.raises(ValueError, match="leaves the templates to the model"):
         find_protocol("native").vocabulary(names)
+
+
+def test_knobs_as_they_are_typed():
+    typed = ["stride = 56", "threshold=0.3", "window=none", "templates=imagenet80", "background=sky; wall"]
+    expected = {"stride": 56, "threshold": 0.3, "window": None, "templates": "imagenet80", "background": "sky; wall"}
+    assert knobs_of_text(typed) == expected
+    assert find_protocol("dense336", **knobs_of_text(["stride=56"])).stride == 56
+    for wrong, message in (
+        (["stride"], "Got 'stride'"),
+        (["=3"], "KNOB=VALUE"),
+        (["stride=5.5"], "stride is '5.5'. It must be a whole number"),
+        (["threshold=high"], "It must be a number"),
+        (["stride=1", "stride=2"], "set twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            knobs_of_text(wrong)
+    with pytest.raises(ValueError, match="has no knob 'strides'"):
+        find_protocol("dense336", **knobs_of_text(["strides=3"]))

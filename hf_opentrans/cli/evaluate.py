@@ -24,7 +24,7 @@ from hf_opentrans.cli._common import app, command_line, err, guarded, out, show_
 from hf_opentrans.cli.commands import Mode, Resolution
 from hf_opentrans.data.benchmarks import BENCHMARKS, find_benchmark, open_benchmark
 from hf_opentrans.data.folder import SegmentationData, SegmentationFolder
-from hf_opentrans.evaluation_protocols import PROTOCOLS, Protocol, find_protocol
+from hf_opentrans.evaluation_protocols import PROTOCOLS, Protocol, find_protocol, knobs_of_text
 from hf_opentrans.evaluation_runs import data_fingerprint, evaluate_data, forget_state, model_fingerprint
 from hf_opentrans.loading import load_segmenter
 
@@ -49,6 +49,10 @@ def evaluate(
     mode: Mode = None,
     inference: Annotated[str | None, typer.Option(help="whole | slide; default: the protocol's.")] = None,
     resolution: Resolution = None,
+    knob: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Other knobs of the protocol, KNOB=VALUE: threshold=0.3 templates=imagenet80 ..."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of each.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every figure here after every row; go on from it.")
@@ -61,7 +65,12 @@ def evaluate(
     """Measure mIoU and more of models on folders or benchmarks of images and masks, under a protocol."""
     knobs = {"mode": mode, "inference": inference, "resolution": resolution}
     with usage():
-        chosen = find_protocol(protocol, **{name: value for name, value in knobs.items() if value is not None})
+        given = {name: value for name, value in knobs.items() if value is not None}
+        more = knobs_of_text(knob or [])
+        twice = sorted(set(given) & set(more))
+        if twice:
+            raise ValueError(f"--{twice[0]} is given, and --set {twice[0]} too. One of them decides. Keep one.")
+        chosen = find_protocol(protocol, **given, **more)
         if (dataset is None) == (not benchmark):
             raise ValueError(
                 f"--dataset is {None if dataset is None else str(dataset)!r} and --benchmark {benchmark or None}. "

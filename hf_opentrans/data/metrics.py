@@ -12,9 +12,8 @@ import torch.distributed as dist
 from hf_opentrans._distributed import add_up, is_distributed
 
 Absent = Literal["ignore", "zero"]
-# Pairs of ids are counted in a table as wide as the range of the ids, unless it gets wider than this or than
-# twice the classes. 256 takes every uint8 map as it is.
-_WIDEST = 256
+# Types for a pair of ids, the fastest first.
+_PAIRS = (torch.int16, torch.int32, torch.int64)
 _TAKEN = ("uint8", "int8", "int16", "int32", "int64")
 
 
@@ -106,8 +105,7 @@ class MeanIoU:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.absent: Absent = absent
-        # Rows are the target, columns the prediction; the last of each is the ignore index, so that no boolean
-        # mask is needed.
+        # Rows are the target, columns the prediction; the first of each is the ignore index.
         self._counts = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
         self._is_empty = True
 
@@ -117,7 +115,7 @@ class MeanIoU:
 
         Rows are the target, columns the prediction, the last of each the ignore index. States add up: see `add_state`.
         """
-        return self._counts.clone()
+        return self._counts.roll((-1, -1), (0, 1))
 
     def update(self, prediction: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray) -> None:
         """Add the pixels of one or more images. The arguments are not changed.
@@ -150,9 +148,9 @@ class MeanIoU:
         Raises:
             RuntimeError: If no labelled pixel was seen, so that there is nothing to score.
         """
-        exact = self._counts.cpu()[: self.num_classes]
-        wanted, found = exact.sum(1), exact[:, : self.num_classes].sum(0)
-        hits, in_target, in_prediction = (part.double() for part in (exact.diagonal(), wanted, found))
+        exact = self._counts.cpu()[1:]
+        wanted, found = exact.sum(1), exact[:, 1:].sum(0)
+        hits, in_target, in_prediction = (part.double() for part in (exact[:, 1:].diagonal(), wanted, found))
         if in_target.sum() == 0:
             raise RuntimeError(
                 "There are 0 labelled pixels. A score needs at least one pixel whose target is a "
@@ -191,7 +189,7 @@ class MeanIoU:
                 f"`other` has (num_classes, ignore_index) = {theirs}, this metric {ours}. "
                 "Merged metrics must agree. Make both with the same arguments."
             )
-        self.add_state(other._counts)
+        self.add_state(other.state)
 
     def add_state(self, state: torch.Tensor) -> None:
         """Add the `state` of another metric with the same arguments, or the sum of several.
@@ -202,7 +200,7 @@ class MeanIoU:
         Raises:
             ValueError: If it has another shape or type, or holds a negative count.
         """
-        self._counts += checked_state(state, self._counts)
+        self._counts += checked_state(state, self._counts).roll((1, 1), (0, 1))
 
     def sum_over_processes(self) -> None:
         """Add up the counts of all processes of `torch.distributed`: afterwards every process holds the total.
@@ -217,51 +215,38 @@ class MeanIoU:
         self._counts.zero_()
 
     def _count(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Count the pairs of ids, in the layout of `state`.
+        """Count the pairs of ids, in the layout of `_counts`.
 
-        The boolean gather of labelled pixels would cost more than all of the rest, and so would mapping the ignore
-        index to a bin pixel by pixel. The pairs are counted as they come, the table is put in order, and whatever is
-        no id is found by what is missing there.
+        A boolean gather of the labelled pixels would cost more than all of the rest, so ignored pixels get a row and
+        a column of their own. The narrowest integers that hold a pair are counted fastest.
         """
-        lowest, side, ignored = 0, 256, self.ignore_index
-        if prediction.dtype != torch.uint8 or target.dtype != torch.uint8:
-            bounds = [int(end) for ids in (prediction, target) for end in ids.aminmax()]
-            lowest = min(0, *bounds)
-            side = max(0, *bounds) - lowest + 1
-        if side > max(_WIDEST, 2 * self.num_classes):
-            prediction, target = self._near(prediction, "prediction"), self._near(target, "target")
-            lowest, side, ignored = 0, self.num_classes + 1, self.num_classes
-        # A pair must fit: int32 takes half the time of int64.
-        wide = torch.int32 if side * side < 2**31 else torch.int64
-        pairs = target.to(wide, copy=True).mul_(side).add_(prediction.to(wide))
-        if lowest:
-            pairs.sub_(lowest * (side + 1))  # both ids count from the lowest
-        table = torch.bincount(pairs.flatten(), minlength=side * side).view(side, side)
-        counts = self._in_order(table, lowest, ignored)
-        if counts.sum().item() != target.numel():
-            self._near(prediction, "prediction")
-            self._near(target, "target")
-        return counts
+        side = self.num_classes + 1
+        kind = next(kind for kind in _PAIRS if side * side - 1 <= torch.iinfo(kind).max)
+        found, wanted = self._codes(prediction, "prediction"), self._codes(target, "target")
+        pairs = torch.add(found.to(kind), wanted.to(kind), alpha=side)
+        return torch.bincount(pairs.flatten(), minlength=side * side).view(side, side)
 
-    def _in_order(self, table: torch.Tensor, lowest: int, ignored: int) -> torch.Tensor:
-        """Take the classes and the ignored id out of a table whose first row and column stand for the id `lowest`."""
-        counts = table.new_zeros(self.num_classes + 1, self.num_classes + 1)
-        known = min(self.num_classes, len(table) + lowest)
-        classes = slice(-lowest, known - lowest)
-        counts[:known, :known] = table[classes, classes]
-        ignored -= lowest
-        if 0 <= ignored < len(table):
-            counts[-1, :known] = table[ignored, classes]
-            counts[:known, -1] = table[classes, ignored]
-            counts[-1, -1] = table[ignored, ignored]
-        return counts
+    def _codes(self, ids: torch.Tensor, argument: str) -> torch.Tensor:
+        """Return 0 for the ignore index and `id + 1` for a class.
 
-    def _near(self, ids: torch.Tensor, argument: str) -> torch.Tensor:
-        """Check the range, and map the ignore index to the id after the last class."""
+        Raises:
+            ValueError: If an id is neither.
+        """
+        if self.num_classes < 255 and self.ignore_index in (-1, 255) and self._is_in_bytes(ids):
+            codes = ids.to(torch.uint8) + 1  # a byte holds -1 as 255, and 255 + 1 as 0
+            if int(codes.amax()) <= self.num_classes:
+                return codes
         ids = ids.to(torch.int64)  # comparing uint8 with -1 would wrap around
         is_ignored = ids == self.ignore_index
         check_ids(ids, is_ignored, argument, self.num_classes, self.ignore_index)
-        return ids.masked_fill(is_ignored, self.num_classes)
+        return ids.masked_fill(is_ignored, -1) + 1
+
+    def _is_in_bytes(self, ids: torch.Tensor) -> bool:
+        """Whether bytes tell all ids from the ignore index."""
+        if ids.dtype == torch.uint8 and self.ignore_index == 255:
+            return True
+        low, high = (int(end) for end in ids.aminmax())
+        return low >= min(0, self.ignore_index) and high <= max(self.num_classes - 1, self.ignore_index)
 
 
 def check_classes(num_classes: int, ignore_index: int, absent: str) -> None:
