@@ -384,8 +384,8 @@ def metric_notes(rows: Sequence[MetricRow], settings: dict[str, Any]) -> list[st
     notes = [
         f"{settings['images']} images, {settings['classes']} classes, {settings['side']} px, {UNLABELLED:.0%} "
         f"unlabelled; medians over {settings['rounds']} paired, interleaved rounds of CPU time per image. MiB: "
-        "memory and disk per further image. The histograms are the formula of evaluate's mean_iou, written anew: the module "
-        "itself is downloaded when it is loaded."
+        "memory and disk per further image. The histograms are the formula of evaluate's mean_iou, written anew: the "
+        "module itself is downloaded when it is loaded."
     ]
     if any(row.through.startswith("datasets") for row in rows):
         notes.append(
