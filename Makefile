@@ -48,6 +48,8 @@ results: $(VENV)/.demo
 	mv $(SCENES)/pruning-*.* $(SCENES)/ablation-clip-scenes.* $(SCENES)/layer-selection-*.* \
 		$(SCENES)/recovery-*.* $(SCENES)/transfer-*.* model_cards/results/
 	$(BIN)/hf-opentrans benchmark spectra --json model_cards/results/spectra-vit.json
+	$(BIN)/hf-opentrans benchmark cold-start --json model_cards/results/cold-start.json
+	$(BIN)/hf-opentrans benchmark metric --rounds 9 --json model_cards/results/metric.json
 	$(BIN)/hf-opentrans benchmark cuts --repeats 7 --threads 1 --json model_cards/results/cuts.json
 	$(BIN)/hf-opentrans benchmark latency --json model_cards/results/latency-vit-b16.json
 	$(BIN)/hf-opentrans benchmark tables README.md model_cards/*.md

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,28 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModel, CLIPImageProcessorPil, CLIPProcessor, PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil, CLIPProcessor, PreTrainedModel
+from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hf_opentrans._checks import check_finite
-from hf_opentrans.models.auto_segmentation import AutoModelForOpenVocabularySegmentation
+from hf_opentrans._safety import (
+    check_config,
+    check_fits,
+    check_folder,
+    check_foreign_layers,
+    check_foreign_size,
+    read_headers,
+    read_object,
+    weight_files,
+)
+from hf_opentrans.models.auto_segmentation import SEGMENTERS
 from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig
 from hf_opentrans.models.configuration_sparse_clip import (
     CLIP_MODEL_TYPES,
@@ -34,6 +48,9 @@ from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcess
 EMBEDDED_MODEL = "clip-scenes"
 # What safetensors calls the precisions that weights come in.
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# Of all loading here: safetensors alone, and no code of the folder.
+SAFE = {"use_safetensors": True, "trust_remote_code": False}
+MOST_PIXELS = 2**14  # side of the images that a processor may ask for
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,6 @@ def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
     """
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
-        options = {"revision": revision, "dtype": torch.float32}
         model_type, architectures = _kind(path, revision)
         if model_type in CLIP_MODEL_TYPES:
             is_segmenter = DenseCLIPForSegmentation.__name__ in architectures
@@ -98,10 +114,9 @@ def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
             target = WithProjection
         else:
             target = SparseCLIPVisionModel
-        model = target.from_pretrained(path, **options).eval()
+        model, disk_dtype = _load_checked(target, path, revision)
+        model.loaded_revision = _commit_of(path, revision) or revision
         processor = load_processor(path, revision=revision, text=model_type in CLIP_MODEL_TYPES)
-        check_finite(model.state_dict())
-        disk_dtype = _disk_dtype(path, revision)
     return Loaded(model, processor, path, disk_dtype)
 
 
@@ -131,11 +146,10 @@ def load_clip_resnet(name: str | Path, *, revision: str | None = None) -> Loaded
     """
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
-        values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        values = _config_values(path, revision)
         if values.get("model_type") != CLIPResNetVisionConfig.model_type:
             return None
-        model = CLIPResNetVisionModel.from_pretrained(path, revision=revision or "main", dtype=torch.float32).eval()
-        check_finite(model.state_dict())
+        model, disk_dtype = _load_checked(CLIPResNetVisionModel, path, revision)
         try:
             processor = load_processor(path, revision=revision, text=False)
         except OSError:  # of a model that was built from a state dict
@@ -144,7 +158,7 @@ def load_clip_resnet(name: str | Path, *, revision: str | None = None) -> Loaded
                 size={"shortest_edge": side},  # pyright: ignore[reportCallIssue]
                 crop_size={"height": side, "width": side},  # pyright: ignore[reportCallIssue]
             )
-        return LoadedResNet(model, processor, path, _disk_dtype(path, revision))
+        return LoadedResNet(model, processor, path, disk_dtype)
 
 
 def load_any(
@@ -163,14 +177,11 @@ def load_any(
     """
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
-        values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        values = _config_values(path, revision)
         if str(values.get("model_type")) in (*CLIP_MODEL_TYPES, *VISION_MODEL_TYPES):
             loaded = load_clip(path, revision=revision)
             return cast("Any", loaded.model).to(dtype or loaded.disk_dtype)
-        named = getattr(transformers, (values.get("architectures") or [""])[0], AutoModel)
-        model = named.from_pretrained(path, revision=revision, dtype=dtype or "auto").eval()
-        check_finite(model.state_dict())
-    return model
+        return _load_foreign(values, path, revision, dtype)
 
 
 def load_segmenter(
@@ -182,7 +193,7 @@ def load_segmenter(
         FileNotFoundError: If there is no such folder or model.
         ValueError: If it has no text tower, is no CLIP, or its files are damaged.
     """
-    return _load_segmenter(AutoModelForOpenVocabularySegmentation, name, revision)
+    return _load_segmenter(None, name, revision)
 
 
 def load_dense_clip(
@@ -192,20 +203,29 @@ def load_dense_clip(
     return _load_segmenter(DenseCLIPForSegmentation, name, revision)
 
 
-def _load_segmenter(kind: Any, name: str | Path, revision: str | None) -> tuple[Any, OpenVocabularyProcessor]:
+def _load_segmenter(
+    kind: type[OpenVocabularyModel] | None, name: str | Path, revision: str | None
+) -> tuple[Any, OpenVocabularyProcessor]:
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
-        model = kind.from_pretrained(path, revision=revision, dtype=torch.float32).eval()
-        check_finite(model.state_dict())
-        processor = OpenVocabularyProcessor.from_pretrained(path, revision=revision)
+        model_type = _config_values(path, revision).get("model_type", "")
+        target = kind or SEGMENTERS.get(model_type)
+        if target is None:
+            raise ValueError(
+                f"{path!r} holds a model of type {model_type!r}. An open-vocabulary segmenter is one of "
+                f"{', '.join(SEGMENTERS)}. Give a CLIP model with both towers, or a segmenter that this "
+                "package trained."
+            )
+        model, _ = _load_checked(target, path, revision)
+        processor = _load_processor(OpenVocabularyProcessor, path, revision)
     return model, processor
 
 
 def load_processor(path: str, *, revision: str | None = None, text: bool = True) -> Any:
     """Load the stock CLIP processor of a folder, or its image processor alone."""
     if not text:
-        return CLIPImageProcessorPil.from_pretrained(path, revision=revision or "main")
-    loaded = OpenVocabularyProcessor.from_pretrained(path, revision=revision)
+        return _load_processor(CLIPImageProcessorPil, path, revision)
+    loaded = _load_processor(OpenVocabularyProcessor, path, revision)
     return CLIPProcessor(loaded.image_processor, loaded.tokenizer)
 
 
@@ -227,25 +247,132 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _config_values(path: str, revision: str | None) -> dict[str, Any]:
+    """Read config.json as it is; no class of transformers sees it before it is checked."""
+    values = read_object(Path(str(cached_file(path, "config.json", revision=revision))))
+    check_config(values, path)
+    return values
+
+
+def _commit_of(path: str, revision: str | None) -> str | None:
+    """Return the commit of a model on the Hub; None for a folder."""
+    return extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
+
+
+def _load_checked(target: Any, path: str, revision: str | None) -> tuple[Any, torch.dtype]:
+    """Load a class of ours in float32 once its weights fit its configuration; return the files' precision, too."""
+    _config_values(path, revision)
+    stored = read_headers(weight_files(path, revision))
+    with _config_errors(path):
+        config = target.config_class.from_pretrained(path, revision=revision or "main")
+        skeleton = _skeleton(target, config)
+    prefixes = ("vision_model.", "clip.vision_model.") if target is SparseCLIPVisionModel else ("clip.",)
+    ignored = target._keys_to_ignore_on_load_unexpected or ()
+    check_fits(skeleton, stored, path, prefixes=prefixes, ignored=ignored)
+    options = {"revision": revision or "main", "dtype": torch.float32, **SAFE}
+    model = target.from_pretrained(path, **options).eval()
+    check_finite(model.state_dict())
+    return model, next((_FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in _FLOATS), torch.float32)
+
+
+def _load_foreign(
+    values: dict[str, Any], path: str, revision: str | None, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Load a model of any class that transformers has, never of one that the folder brings."""
+    named = _class_in_transformers(values, path)
+    stored = read_headers(weight_files(path, revision))
+    check_foreign_layers(values, len(stored), path)
+    with _config_errors(path):
+        config_class = AutoConfig if named is AutoModel else named.config_class
+        config = config_class.from_pretrained(path, revision=revision or "main")
+        skeleton = _skeleton(named.from_config if named is AutoModel else named, config)
+    check_foreign_size(skeleton, stored, path)
+    options = {"revision": revision or "main", "dtype": dtype or "auto", **SAFE}
+    model, info = named.from_pretrained(path, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"The checkpoint {path!r} lacks {len(info['missing_keys'])} of the weights that {type(model).__name__} "
+            f"needs, among them {', '.join(sorted(info['missing_keys'])[:3])}. Missing weights would be random "
+            "numbers. Give a complete checkpoint."
+        )
+    check_finite(model.state_dict())
+    return model.eval()
+
+
+def _class_in_transformers(values: dict[str, Any], path: str) -> Any:
+    names = values.get("architectures") or [""]
+    named = getattr(transformers, names[0], None)
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        return named
+    if values.get("model_type") in CONFIG_MAPPING:
+        return AutoModel
+    code = " It brings code of its own, which is never run here." if values.get("auto_map") else ""
+    raise ValueError(
+        f"{path!r} holds a model of type {values.get('model_type')!r}, which transformers {transformers.__version__} "
+        f"does not know.{code} Give a model of a class that transformers has."
+    )
+
+
+def _skeleton(build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    """Build a model that has shapes and no memory."""
+    with no_init_weights(), torch.device("meta"), meta_device_safe_creation_ops():
+        return build(config)
+
+
+def _load_processor(kind: Any, path: str, revision: str | None) -> Any:
+    """Load a processor, and say what is wrong with its files."""
+    try:
+        processor = kind.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ImportError):
+        raise
+    except Exception as err:  # tokenizers raises nothing more special than Exception
+        raise ValueError(
+            f"The processor in {path!r} cannot be used ({_first_line(err)}). Its files must be those that "
+            "`save_pretrained` writes. Save or download the model again."
+        ) from err
+    images = getattr(processor, "image_processor", processor)
+    for name in ("size", "crop_size"):
+        sides = getattr(images, name, None) or {}
+        if any(isinstance(side, int) and not 1 <= side <= MOST_PIXELS for side in dict(sides).values()):
+            raise ValueError(
+                f"The image processor in {path!r} has {name}={dict(sides)}. Sides must lie in [1, {MOST_PIXELS}]. "
+                "Correct preprocessor_config.json."
+            )
+    return processor
+
+
+@contextmanager
+def _config_errors(path: str) -> Iterator[None]:
+    """Turn what a nonsensical configuration raises anywhere in transformers into one sentence."""
+    try:
+        yield
+    except (
+        StrictDataclassError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as err:
+        cause = err.__cause__ if isinstance(err, StrictDataclassError) and err.__cause__ is not None else err
+        raise ValueError(
+            f"config.json of {path!r} cannot be used: {_first_line(cause)} It must describe a model as "
+            "`save_pretrained` does. Correct it, or get it again."
+        ) from err
+
+
+def _first_line(err: BaseException) -> str:
+    text = " ".join((str(err) or type(err).__name__).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def _kind(path: str, revision: str | None) -> tuple[str, list[str]]:
     """Read model type and architectures of a checkpoint, and refuse what is no CLIP."""
+    _config_values(path, revision)
     config, _ = SparseCLIPVisionConfig.get_config_dict(path, revision=revision)
     is_whole = "vision_config" in config
     return (CLIP_MODEL_TYPES if is_whole else VISION_MODEL_TYPES)[0], config.get("architectures") or []
-
-
-def _disk_dtype(path: str, revision: str | None) -> torch.dtype:
-    """Read the precision of the vision tower's weights from the header of the first weight file."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    files = [cached_file(path, n, revision=revision, _raise_exceptions_for_missing_entries=False) for n in names]
-    if files[0] is None and files[1] is not None:
-        shards = json.loads(Path(files[1]).read_text(encoding="utf-8"))["weight_map"]
-        files[0] = cached_file(path, min(shards.values()), revision=revision)
-    if files[0] is None:
-        return torch.float32  # an old .bin checkpoint: transformers has read it, its precision is not kept
-    with safe_open(files[0], framework="pt") as opened:
-        stored = (opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118 (no mapping)
-        return next((_FLOATS[name] for name in stored if name in _FLOATS), torch.float32)
 
 
 @contextmanager
@@ -261,7 +388,8 @@ def _clear_errors(path: str) -> Iterator[None]:
     if folder.is_dir() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"The folder {path!r} has no config.json. A model folder needs one. Check the path.")
     try:
-        _check_is_object(folder / "config.json")
+        if folder.is_dir():
+            check_folder(folder)
         yield
     except SafetensorError as err:
         raise ValueError(
@@ -278,11 +406,6 @@ def _clear_errors(path: str) -> Iterator[None]:
             f"The model {path!r} could not be loaded: {first.rstrip('.')}. It needs config.json, model.safetensors "
             "and the processor's files. Check the name, or the folder's content."
         ) from err
-
-
-def _check_is_object(path: Path) -> None:
-    if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-        raise ValueError(f"{str(path)!r} is not valid: it holds no JSON object. Save or download the model again.")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     OPEN: f"{CONFIGS} {CLIP} models.vocabulary",
     QUERIES: f"{CONFIGS} {CLIP} {OPEN} models.vocabulary",
     QUERY_BASE: f"{CONFIGS} {CLIP} {OPEN} {QUERIES} models.vocabulary",
+    "models.modeling_elastic_clip": f"{CONFIGS} {CLIP} {OPEN} models.modeling_dense_clip models.vocabulary",
     MODELINGS: f"{CONFIGS} {CLIP} {OPEN} {QUERIES} {QUERY_BASE} models.vocabulary",  # never each other
     "models.auto_segmentation": f"{CONFIGS} {MODELINGS}",
     "models.vocabulary": TEXT,
@@ -64,10 +65,11 @@ PRUNING_ORDER = ["plan", "macs", "sizes", "calibration statistics", "importance 
 PRUNING_ORDER += ["allocation foreign", "menus search", "reconstruction", "refit", "surgery"]
 PRUNING_ORDER += ["latency latency_timing", "baselines", "selection", "hosts", "unused", "transfer", "transferred"]
 PRUNING_ORDER += ["subnetwork", "report", "summary", "prune"]
+PRUNING_ORDER += ["elastic_order elastic_report", "elastic"]
 PRUNING_ORDER += ["channel_statistics", "channel_selection channel_rebuild", "channels"]
 RANK = {f"pruning.{name}": i for i, level in enumerate(PRUNING_ORDER, 1) for name in level.split()}
 # Files in models/ travel with checkpoints as remote code.
-REMOTE_CODE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | sys.stdlib_module_names
+REMOTE_CODE = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 FOLDERS = {"hf_opentrans", "notebooks", "tests", "model_cards", ".ci"}
 DOCUMENTED_ELSEWHERE = {"overload", "override", "setter"}  # decorators
 MAX_FUNCTION, MAX_FILE, MAX_MODELING = 60, 500, 600  # lines; functions without docstring

@@ -5,12 +5,16 @@ import sys
 from hf_opentrans._memory import keep_freed_memory
 from hf_opentrans.cli import analyze as _analyze  # noqa: F401 (registers its commands)
 from hf_opentrans.cli import benchmark as _benchmark  # noqa: F401
+from hf_opentrans.cli import benchmark_cold_start as _benchmark_cold_start  # noqa: F401
 from hf_opentrans.cli import benchmark_cuts as _benchmark_cuts  # noqa: F401
 from hf_opentrans.cli import benchmark_metric as _benchmark_metric  # noqa: F401
 from hf_opentrans.cli import benchmark_transfer as _benchmark_transfer  # noqa: F401
 from hf_opentrans.cli import commands as _commands  # noqa: F401
+from hf_opentrans.cli import elastic as _elastic  # noqa: F401
 from hf_opentrans.cli import evaluate as _evaluate  # noqa: F401
+from hf_opentrans.cli import export as _export  # noqa: F401
 from hf_opentrans.cli import latency as _latency  # noqa: F401
+from hf_opentrans.cli import push as _push  # noqa: F401
 from hf_opentrans.cli import train as _train  # noqa: F401
 from hf_opentrans.cli import transfer as _transfer  # noqa: F401
 from hf_opentrans.cli._common import app, repeat_options

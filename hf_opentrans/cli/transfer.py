@@ -11,8 +11,7 @@ from hf_opentrans._files import check_output_folder
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
 from hf_opentrans.loading import load_any, load_processor, resolve_model
 from hf_opentrans.pruning.plan import PruningConfig
-from hf_opentrans.pruning.prune import SUBNETWORK_FOLDER
-from hf_opentrans.pruning.subnetwork import JSON_FILE, Subnetwork
+from hf_opentrans.pruning.subnetwork import Subnetwork
 from hf_opentrans.pruning.transfer import TransferReport
 from hf_opentrans.pruning.transferred import CONFIG_FILE, save_transferred
 
@@ -22,7 +21,9 @@ _LISTED = 5
 @app.command("transfer")
 @guarded
 def transfer_command(
-    subnetwork: Annotated[str, typer.Argument(help="Folder that `prune` wrote, or its folder 'subnetwork'.")],
+    subnetwork: Annotated[
+        str, typer.Argument(help="Folder that `prune` wrote, its folder 'subnetwork', or a Hub id of either.")
+    ],
     target: Annotated[str, typer.Argument(help="Folder or Hub id of a model with a CLIP vision tower.")],
     output: Annotated[Path, typer.Option(help="Folder for the smaller model.")],
     images: Annotated[
@@ -39,7 +40,7 @@ def transfer_command(
     with usage():
         config = PruningConfig(num_images=num_images, resolution=resolution, seed=seed)
     check_output_folder(output, marker=CONFIG_FILE)
-    found = Subnetwork.from_pretrained(_subnetwork_folder(subnetwork))
+    found = Subnetwork.from_pretrained(subnetwork)
     model = load_any(target, dtype=None)
     processor = _processor(target)
     result = found.apply_to(
@@ -56,11 +57,6 @@ def transfer_command(
     _show(result.report, subnetwork, target)
     out.print(f"Saved to {escape(str(output))}. Load it with hf_opentrans.load_transferred.", highlight=False)
     save_json(json_file, command_line(), {"subnetwork": subnetwork, "target": target, **result.report.to_dict()})
-
-
-def _subnetwork_folder(name: str) -> Path:
-    folder = Path(name)
-    return folder if (folder / JSON_FILE).is_file() else folder / SUBNETWORK_FOLDER
 
 
 def _processor(target: str) -> Any:

@@ -6,18 +6,21 @@ from transformers import PreTrainedConfig
 
 from .configuration_catseg import CATSegConfig
 from .configuration_deeplabv3plus import DeepLabV3PlusConfig
+from .configuration_elastic_clip import ElasticCLIPConfig
 from .configuration_fcclip import FCCLIPConfig
 from .configuration_gkc import GKCConfig
 from .configuration_sparse_clip import CLIP_MODEL_TYPES
 from .modeling_catseg import CATSegForSegmentation
 from .modeling_deeplabv3plus import DeepLabV3PlusForSegmentation
 from .modeling_dense_clip import DenseCLIPForSegmentation
+from .modeling_elastic_clip import ElasticCLIPForSegmentation
 from .modeling_fcclip import FCCLIPForSegmentation
 from .modeling_gkc import GKCForSegmentation
 from .modeling_open_vocabulary import OpenVocabularyModel
 
 SEGMENTERS: dict[str, type[OpenVocabularyModel]] = dict.fromkeys(CLIP_MODEL_TYPES, DenseCLIPForSegmentation)
 SEGMENTERS |= {
+    ElasticCLIPConfig.model_type: ElasticCLIPForSegmentation,
     DeepLabV3PlusConfig.model_type: DeepLabV3PlusForSegmentation,
     CATSegConfig.model_type: CATSegForSegmentation,
     FCCLIPConfig.model_type: FCCLIPForSegmentation,

@@ -7,9 +7,14 @@ from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 
+from .configuration_limits import check_number, check_size
 from .configuration_sparse_clip import SparseCLIPConfig
 
 UP_BLOCKS = 2
+
+# Greatest value of each; they are positive.
+_MOST = dict.fromkeys(("cost_channels", "guidance_channels", "text_guidance_channels", "aggregation_heads"), 2**14)
+_MOST |= {"aggregation_blocks": 2**8, "window_size": 2**14, "vocab_prefilter": 2**20, "classifier_scale": 1e6}
 
 
 @strict
@@ -86,18 +91,12 @@ class CATSegConfig(SparseCLIPConfig):
 
     def validate_aggregation(self) -> None:
         """Part of `@strict`-powered validation."""
-        for name in (
-            "cost_channels",
-            "aggregation_blocks",
-            "window_size",
-            "aggregation_heads",
-            "guidance_channels",
-            "text_guidance_channels",
-            "vocab_prefilter",
-            "classifier_scale",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and not value > 0:  # so written, NaN is refused too
+                raise ValueError(f"{name} is {value}. It must be positive. Correct it.")
+            check_number(name, value, 0, most)
+        check_number("classifier_bias", self.classifier_bias, -1e6, 1e6)
         if self.cost_channels % self.aggregation_heads:
             raise ValueError(
                 f"cost_channels is {self.cost_channels}, with aggregation_heads={self.aggregation_heads}. The heads "
@@ -110,6 +109,7 @@ class CATSegConfig(SparseCLIPConfig):
             raise ValueError(
                 f"decoder_channels is {self.decoder_channels}. It must hold two positive integers. Correct it."
             )
+        check_size("decoder_channels", max(self.decoder_channels), 1, 2**14)
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if layers == 1:
             raise ValueError(

@@ -6,6 +6,8 @@ This file travels with checkpoints as remote code: it imports nothing but transf
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_limits import SIZES, check_size
+
 BOTTLENECK_EXPANSION = 4
 
 
@@ -58,8 +60,14 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
 
     def validate_trunk(self) -> None:
         """Part of `@strict`-powered validation."""
+        where = "The ResNet has "
+        check_size("width", self.width, 1, 2**12, where)
+        check_size("num_attention_heads", self.num_attention_heads, 1, 2**12, where)
+        for name in ("projection_dim", "image_size", "num_channels"):
+            check_size(name, getattr(self, name), *SIZES[name], where=where)
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(f"depths is {list(self.depths)}. It must hold four positive numbers. Correct it.")
+        check_size("depths", max(self.depths), 1, 2**8, where)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}. It must divide the {self.hidden_size} channels "

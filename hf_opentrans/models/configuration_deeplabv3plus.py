@@ -5,6 +5,7 @@ This file travels with checkpoints as remote code: it imports nothing but transf
 
 from huggingface_hub.dataclasses import strict
 
+from .configuration_limits import check_number, check_size
 from .configuration_sparse_clip import SparseCLIPConfig
 
 UNTRAINED_SCALE = 10.0  # random embeddings compared with names: a sharp softmax would be sure of nonsense
@@ -57,11 +58,15 @@ class DeepLabV3PlusConfig(SparseCLIPConfig):
 
     def validate_decoder(self) -> None:
         """Part of `@strict`-powered validation."""
-        for name in ("decoder_channels", "skip_channels", "classifier_scale"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
+        for name, most in (("decoder_channels", 2**14), ("skip_channels", 2**14), ("classifier_scale", 1e6)):
+            value = getattr(self, name)
+            if value is not None and not value > 0:  # so written, NaN is refused too
+                raise ValueError(f"{name} is {value}. It must be positive. Correct it.")
+            check_number(name, value, 0, most)
         if not self.atrous_rates or min(self.atrous_rates) < 1:
             raise ValueError(f"atrous_rates is {self.atrous_rates}. It must hold positive integers. Correct it.")
+        check_size("the number of atrous_rates", len(self.atrous_rates), 1, 2**6)
+        check_size("atrous_rates", max(self.atrous_rates), 1, 2**12)
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if self.low_level_layer is not None and layers and not 1 <= self.low_level_layer <= layers:
             raise ValueError(f"low_level_layer is {self.low_level_layer}. It must lie in [1, {layers}]. Correct it.")

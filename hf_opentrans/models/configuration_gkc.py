@@ -5,6 +5,7 @@ This file travels with checkpoints as remote code: it imports nothing but transf
 
 from huggingface_hub.dataclasses import strict
 
+from .configuration_limits import check_number, check_size
 from .configuration_mask_queries import MaskQueriesConfig
 from .configuration_sparse_clip import SparseCLIPConfig
 
@@ -79,6 +80,8 @@ class GKCConfig(MaskQueriesConfig):
             )
         if self.max_regions <= 0:
             raise ValueError(f"max_regions is {self.max_regions}. It must be positive. Correct it.")
+        check_number("distillation_weight", self.distillation_weight, 0.0, 1e6)
+        check_size("max_regions", self.max_regions, 1, 2**20)
 
 
 __all__ = ["GKCConfig"]

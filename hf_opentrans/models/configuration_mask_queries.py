@@ -7,11 +7,14 @@ from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 
+from .configuration_limits import check_number, check_size
 from .configuration_sparse_clip import SparseCLIPConfig
 
 PYRAMID_LEVELS = 4
 NORM_GROUPS = 32  # of the group norms in transformers' pixel decoder
-_COUNTS = ("hidden_dim", "num_queries", "encoder_layers", "decoder_layers", "feedforward_dim", "num_attention_heads")
+# Greatest value of each; they are positive.
+_MOST = {"hidden_dim": 2**14, "num_queries": 2**16, "encoder_layers": 2**8, "decoder_layers": 2**8}
+_MOST |= {"feedforward_dim": 2**18, "num_attention_heads": 2**12, "train_num_points": 2**24}
 _WEIGHTS = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
 
 
@@ -82,9 +85,10 @@ class MaskQueriesConfig(SparseCLIPConfig):
 
     def validate_mask_queries(self) -> None:
         """Part of `@strict`-powered validation."""
-        for name in (*_COUNTS, "train_num_points"):
+        for name, most in _MOST.items():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be positive. Correct it.")
+            check_size(name, getattr(self, name), 1, most)
         if self.hidden_dim % NORM_GROUPS:
             raise ValueError(
                 f"hidden_dim is {self.hidden_dim}. It must be a multiple of {NORM_GROUPS}, the groups of the pixel "
@@ -111,6 +115,7 @@ class MaskQueriesConfig(SparseCLIPConfig):
         for name in _WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must not be negative. Correct it.")
+            check_number(name, getattr(self, name), 0.0, 1e6)
         if not self.class_weight + self.mask_weight + self.dice_weight:
             raise ValueError(
                 "class_weight, mask_weight and dice_weight are all zero. There would be nothing to match queries by. "

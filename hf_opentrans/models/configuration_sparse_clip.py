@@ -3,10 +3,23 @@
 This file travels with checkpoints as remote code: it imports nothing but transformers, huggingface_hub and siblings.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .configuration_limits import (
+    MOST_PARAMETERS,
+    MOST_POSITIONS,
+    SIZES,
+    check_layers,
+    check_number,
+    check_size,
+    check_sizes,
+    shown,
+)
 
 SKIPPABLE = ("attention", "mlp")
 VISION_MODEL_TYPES = ("clip_vision_model", "sparse_clip_vision_model")
@@ -85,6 +98,10 @@ class SparseCLIPVisionConfig(_ReadsStockCLIP, CLIPVisionConfig):
             self.head_dim = self.hidden_size // max(self.__dict__["num_attention_heads"], 1)
         self.qk_head_dim = self.head_dim if self.qk_head_dim is None else self.qk_head_dim
         self.v_head_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
+        # Before transformers goes through layers one by one.
+        _check_tower(self.__dict__, "The vision tower has ")
+        _check_grid(self.__dict__)
+        check_layers(kwargs.get("per_layer_config"), self.num_hidden_layers)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -114,6 +131,18 @@ class SparseCLIPVisionConfig(_ReadsStockCLIP, CLIPVisionConfig):
                 raise ValueError(
                     f"Layer {index} skips {sorted(unknown)}. Only {list(SKIPPABLE)} can be skipped. Correct `skip`."
                 )
+
+    def validate_total_size(self) -> None:
+        """Part of `@strict`-powered validation: sizes that are possible one by one may be absurd together."""
+        parameters = (cast("int", self.image_size) // cast("int", self.patch_size)) ** 2 * self.hidden_size
+        for layer in cast("Any", self.per_layer_config):
+            attention = layer.num_attention_heads * (layer.qk_head_dim + layer.v_head_dim)
+            parameters += 2 * self.hidden_size * (attention + layer.intermediate_size)
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"The vision tower has {parameters:,} parameters by its sizes. It may have {MOST_PARAMETERS:,} at "
+                "most: no model is that large, so the configuration is damaged. Get it again, or correct it."
+            )
 
     def __eq__(self, other: object) -> bool:
         # The generated dataclass comparison reads every field and so raises on per-layer attributes.
@@ -154,6 +183,11 @@ class SparseCLIPConfig(_ReadsStockCLIP, CLIPConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.vision_config, CLIPVisionConfig):
             self.vision_config = self.vision_config.to_dict()
+        check_size("projection_dim", self.projection_dim, *SIZES["projection_dim"], where="The model has ")
+        check_number("segmentation_logit_scale", self.segmentation_logit_scale, 0.0, 1e6, "The model has ")
+        # Under the names of old files too: transformers builds a tower of these first.
+        for name in ("vision_config_dict", "text_config", "text_config_dict"):
+            _check_stock_tower(kwargs.get(name, self.__dict__.get(name)), name.split("_")[0])
         if isinstance(self.vision_config, dict):
             self.vision_config = {**self.vision_config, "model_type": SparseCLIPVisionConfig.model_type}
         super().__post_init__(**kwargs)
@@ -167,6 +201,46 @@ class SparseCLIPConfig(_ReadsStockCLIP, CLIPConfig):
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and _comparable(self) == _comparable(other)
+
+
+def _check_tower(values: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes and numbers of a tower that cannot be meant."""
+    check_sizes(values, where)
+    check_number("layer_norm_eps", values.get("layer_norm_eps"), 0.0, 1.0, where)
+    check_number("attention_dropout", values.get("attention_dropout"), 0.0, 1.0, where)
+    activation = values.get("hidden_act")
+    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
+        raise ValueError(
+            f"{where}hidden_act={shown(activation)}. transformers has no such activation. Correct the configuration."
+        )
+
+
+def _check_stock_tower(tower: Any, kind: str) -> None:
+    """Check a tower of which transformers makes its own configuration, which has hardly any bounds."""
+    values = tower.to_dict() if isinstance(tower, PreTrainedConfig) else tower
+    if not isinstance(values, Mapping):
+        return  # absent, or refused by its type
+    where = f"The {kind} tower has "
+    _check_tower(values, where)
+    check_size("num_attention_heads", values.get("num_attention_heads"), 1, SIZES["num_attention_heads"][1], where)
+    if kind == "text" and values.get("per_layer_config"):
+        raise ValueError(
+            "The text tower has per_layer_config. Only layers of the vision tower can differ. Correct the "
+            "configuration."
+        )
+    if kind == "vision":
+        check_layers(values.get("per_layer_config"), values.get("num_hidden_layers", SIZES["num_hidden_layers"][1]))
+
+
+def _check_grid(values: Mapping[str, Any]) -> None:
+    """Refuse patches that make no grid, or one whose positions fill the memory."""
+    image, patch = values["image_size"], values["patch_size"]
+    positions = 0 if image is None or patch is None else (image // patch) ** 2
+    if not 1 <= positions <= MOST_POSITIONS:
+        raise ValueError(
+            f"The vision tower has image_size={image} and patch_size={patch}. They must make a grid of 1 to "
+            f"{MOST_POSITIONS:,} patches. Correct the configuration."
+        )
 
 
 def _comparable(config: Any) -> dict[str, Any]:

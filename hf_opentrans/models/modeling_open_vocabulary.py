@@ -10,16 +10,22 @@ The modes differ in the last block alone (X: its input, q, k, v: of layer_norm1(
 | clearclip | softmax(s q q^T)                  | no                              | arXiv 2407.12442   |
 | naclip    | softmax(s k k^T + G)              | no                              | arXiv 2404.08181   |
 
-This file travels with checkpoints as remote code.
+This file travels with checkpoints as remote code. The pipeline and the processor travel along: transformers copies the
+files that it finds in a text search for relative imports, and this file may not import what stands above it, so the
+line is here:
+
+    from .pipeline_open_vocabulary import OpenVocabularySegmentationPipeline
 """
 
+import hashlib
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
+from transformers import CLIPConfig, CLIPModel
 from transformers.utils.generic import ModelOutput
 
 from .configuration_sparse_clip import SEGMENTATION_MODES, SparseCLIPConfig
@@ -27,8 +33,26 @@ from .modeling_sparse_clip import SparseCLIPAttention, SparseCLIPEncoderLayer, S
 from .vocabulary import Vocabulary
 
 REMEMBERED_VOCABULARIES = 8
+# What config.json says of the pipeline that lies beside it; `pipeline(task, model=folder)` reads it.
+CUSTOM_PIPELINES = {
+    "zero-shot-image-segmentation": {
+        "impl": "pipeline_open_vocabulary.OpenVocabularySegmentationPipeline",
+        "pt": ["AutoModelForSemanticSegmentation"],
+        "type": "image",
+    }
+}
 # Keys of a configuration that belong to one saved model, not to the architecture.
-_PER_FILE_KEYS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+_PER_FILE_KEYS = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "transformers_version",
+    "_name_or_path",
+)
+# What says which files of a repository are meant.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_FINGERPRINT_VALUES = 64  # of every weight
 NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
 # Which of queries, keys and values of the last block a mode reads.
 READS = {"vanilla": "qkv", "maskclip": "v", "sclip": "qkv", "clearclip": "qv", "naclip": "kv"}
@@ -61,22 +85,56 @@ class OpenVocabularyModel(SparseCLIPModel):
 
     main_input_name = "pixel_values"
 
+    # The names that the folder or repository asks for where the user names none; saved with the model.
+    default_vocabulary: Vocabulary | None = None
+    # The revision that the weights were asked for: what belongs to them is read from the same one.
+    loaded_revision: str | None = None
+
     def _set_trainable(self) -> None:
         """Freeze what this class never trains; heads call it when they are built."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as [`PreTrainedModel.from_pretrained`] does; the same parameters train as of a new model."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._set_trainable()
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as [`PreTrainedModel.from_pretrained`] does; the same parameters train as of a new model.
+
+        The vocabulary that lies beside the weights (see `Vocabulary.save_pretrained`) becomes `default_vocabulary`.
+
+        Raises:
+            ValueError: If a tensor is missing or has the wrong shape, or the vocabulary is damaged.
+        """
+        if type(kwargs.get("config")) is CLIPConfig:  # AutoModelForSemanticSegmentation read a stock CLIP
+            kwargs["config"] = cls.config_class(**_without(kwargs["config"].to_dict(), _PER_FILE_KEYS))  # pyright: ignore[reportOptionalCall]
+        source = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._set_trainable()
+        model.config.__dict__.pop("custom_pipelines", None)  # of the folder, not of the model
+        model.loaded_revision = kwargs.get("revision")
+        if pretrained_model_name_or_path is not None:
+            model.default_vocabulary = Vocabulary.find(pretrained_model_name_or_path, **source)
         return loaded
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as [`SparseCLIPModel.save_pretrained`] does, with the pipeline and, if there is one, the vocabulary.
+
+        With the processor saved into the same folder `pipeline("zero-shot-image-segmentation", model=folder)` works:
+        with `trust_remote_code=True` where this package is missing, as it is where it is installed.
+        """
+        values = self.config.__dict__
+        values["custom_pipelines"] = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            values.pop("custom_pipelines")
+        if self.default_vocabulary is not None and kwargs.get("is_main_process", True):
+            self.default_vocabulary.save_pretrained(save_directory)
+
     @classmethod
-    def from_clip(cls, clip: SparseCLIPModel, **options: Any) -> Self:
+    def from_clip(cls, clip: CLIPModel, **options: Any) -> Self:
         """Put this class's head, with new weights, on a CLIP.
 
         Args:
-            clip: A [`SparseCLIPModel`], dense or pruned, or a segmenter made of one; not changed.
+            clip: A `CLIPModel`, a [`SparseCLIPModel`], dense or pruned, or a segmenter made of one; not changed.
             **options: Fields of the class's configuration: `decoder_channels`, `segmentation_mode`, ...
 
         Raises:
@@ -88,7 +146,7 @@ class OpenVocabularyModel(SparseCLIPModel):
                 {item.name for item in fields(cast("Any", kind))} for kind in (type(clip.config), SparseCLIPConfig)
             )
             foreign |= own - shared
-        config = cast("Any", cls.config_class)(**{**{n: v for n, v in values.items() if n not in foreign}, **options})
+        config = cast("Any", cls.config_class)(**{**_without(values, foreign), **options})
         model = cls(config).to(device=clip.device, dtype=clip.dtype)  # pyright: ignore[reportCallIssue]
         tower = {name: value for name, value in clip.state_dict().items() if not name.startswith("head.")}
         missing, unexpected = model.load_state_dict(tower, strict=False)
@@ -102,15 +160,55 @@ class OpenVocabularyModel(SparseCLIPModel):
         return model
 
     def encode_vocabulary(self, vocabulary: Vocabulary, tokenizer: Any) -> Vocabulary:
-        """Return `vocabulary` with the text embeddings of this model; remembers the last vocabularies it encoded."""
-        cache: dict[str, Vocabulary] = self.__dict__.setdefault("_vocabularies", {})
-        # In training the text tower may change between calls.
-        key = vocabulary.fingerprint
-        if self.training or key not in cache:
-            cache[key] = vocabulary.encode(lambda texts: self._embed_texts(texts, tokenizer))
-            while len(cache) > REMEMBERED_VOCABULARIES:
-                cache.pop(next(iter(cache)))
-        return cache[key]
+        """Return `vocabulary` with the text embeddings of this model.
+
+        The eight vocabularies that were used last are remembered, by their names, aliases and templates and by the
+        model's device and precision. In training mode nothing is remembered, and going into training mode forgets all
+        (the text tower may change). Weights that are changed in evaluation mode are not noticed: call
+        `model.train().eval()` after such a change. Embeddings that were saved with a vocabulary are taken over if this
+        model's text tower made them, and are made anew otherwise.
+
+        Args:
+            vocabulary: The names.
+            tokenizer: CLIP's tokenizer.
+        """
+        if self.training:
+            return self._encode(vocabulary, tokenizer)
+        cache: dict[tuple[str, ...], Vocabulary] = self.__dict__.setdefault("_vocabularies", {})
+        key = (vocabulary.fingerprint, str(self.device), str(self.dtype))
+        encoded = cache.pop(key, None)
+        if encoded is None:
+            has_any = vocabulary.text_embeddings is not None and vocabulary.encoder is not None
+            is_own = has_any and vocabulary.encoder == self.text_fingerprint()
+            encoded = vocabulary if is_own else self._encode(vocabulary, tokenizer)
+        cache[key] = encoded  # the last of the dictionary was used last
+        while len(cache) > REMEMBERED_VOCABULARIES:
+            cache.pop(next(iter(cache)))
+        return encoded
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as `nn.Module.train` does; training forgets the vocabularies that were encoded before."""
+        if mode:
+            self.__dict__.pop("_vocabularies", None)
+        return super().train(mode)
+
+    def text_fingerprint(self) -> str:
+        """SHA-256 over the precision and values of all weights of the text tower: tells whose embeddings are whose."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        parts = {"text_model": self.text_model, "text_projection": self.text_projection}
+        for part, module in parts.items():
+            for name, weight in module.named_parameters():
+                values = weight.detach().flatten()
+                chosen = values[:: max(1, values.numel() // _FINGERPRINT_VALUES)][:_FINGERPRINT_VALUES]
+                digest.update(f"{part}.{name} {tuple(weight.shape)}".encode())
+                digest.update(chosen.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _encode(self, vocabulary: Vocabulary, tokenizer: Any) -> Vocabulary:
+        # Outside of inference mode: what is remembered may meet gradients later.
+        with torch.inference_mode(False):
+            encoded = vocabulary.encode(lambda texts: self._embed_texts(texts, tokenizer))
+            return replace(encoded, encoder=self.text_fingerprint())
 
     @torch.no_grad()
     def _embed_texts(self, texts: list[str], tokenizer: Any) -> torch.Tensor:
@@ -228,6 +326,10 @@ def neighbour_bias(
     squared = (points[:, None] - points[None]).square().sum(-1)
     bias = torch.exp(-squared / (2 * NEIGHBOUR_SIGMA**2))
     return nn.functional.pad(bias, (1, 0, 1, 0)).to(dtype)
+
+
+def _without(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def text_embeddings_of(vocabulary: Vocabulary | None, text_embeddings: torch.Tensor | None) -> torch.Tensor | None:

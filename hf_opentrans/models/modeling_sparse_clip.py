@@ -192,6 +192,9 @@ _Base = PreTrainedModel if TYPE_CHECKING else object
 class SparseCLIPLoadingMixin(_Base):
     """Loading that never hands out random weights, and saving under this model's own key names."""
 
+    # Commit, tag or branch of the Hub that the weights were asked for, where it is known.
+    loaded_revision: str | None = None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as [`PreTrainedModel.from_pretrained`] does, but raise where a weight is missing.
@@ -203,6 +206,7 @@ class SparseCLIPLoadingMixin(_Base):
             ValueError: If the checkpoint lacks a tensor, or a tensor has another shape than the configuration says.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)  # a pickle is a program
         try:
             model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] - a pair with output_loading_info
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -232,6 +236,18 @@ class SparseCLIPLoadingMixin(_Base):
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
+        # Before transformers makes up values for what the files lack: an absurd width would fill the memory.
+        state = self.state_dict()
+        lacking = sum(state[name].numel() for name in missing_keys if name in state)
+        held = sum(tensor.numel() for tensor in state.values() if not tensor.is_meta)
+        if lacking > held + MOST_MADE_UP:
+            raise ValueError(
+                f"The configuration asks for {lacking:,} parameters that the weight files lack, and they hold "
+                f"{held:,}. Both must come from the same model. Save the model again with `save_pretrained`."
+            )
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -242,6 +258,8 @@ class SparseCLIPLoadingMixin(_Base):
             init.copy_(module.neuron_mask, _mask_values(module.fc1.out_features, module.masked_neurons or ()))
 
 
+# Parameters that transformers may make up beside those in the files: more are an absurd configuration.
+MOST_MADE_UP = 2**24
 _RECORDED = {"hidden_states": SparseCLIPEncoderLayer, "attentions": SparseCLIPAttention}
 _UNSPLIT = ["CLIPVisionEmbeddings", "SparseCLIPEncoderLayer"]
 

@@ -22,6 +22,8 @@ STRIP_BYTES = 128 * 2**20
 ALIAS_REDUCES = ("max_prob", "max_logit")
 # Bytes that `upsampled_argmax` holds per compared value: the value, where it is the best, its index, and room.
 _BYTES_PER_VALUE = 16
+# What says which files of a repository are meant.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class OpenVocabularyProcessor(CLIPProcessor):
@@ -47,14 +49,34 @@ class OpenVocabularyProcessor(CLIPProcessor):
             OSError: If a file of the processor is missing.
         """
         source = pretrained_model_name_or_path
-        image_processor = CLIPImageProcessorPil.from_pretrained(source, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-        # Without its files transformers makes a tokenizer that knows no word, and says nothing.
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise OSError(
-                f"There is no tokenizer in {str(source)!r}. It needs tokenizer.json, or vocab.json and merges.txt. "
-                "Save the processor into the folder."
+        # AutoProcessor and pipelines pass on more than these, "dtype" for one.
+        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        image_processor = CLIPImageProcessorPil.from_pretrained(source, **options)
+        # Where the type in config.json is not known, AutoTokenizer asks whether its code may run.
+        trust = {"trust_remote_code": kwargs["trust_remote_code"]} if kwargs.get("trust_remote_code") else {}
+        tokenizer = AutoTokenizer.from_pretrained(source, **options, **trust)
+        _check_tokenizer(tokenizer, repr(str(source)))
+        return cls(image_processor, tokenizer)
+
+    @classmethod
+    def of(cls, processor: Any) -> "OpenVocabularyProcessor":
+        """Return the processor itself, or one of this class with the parts of a `CLIPProcessor`.
+
+        Raises:
+            TypeError: If it has no image processor and tokenizer.
+            OSError: If its tokenizer knows no word.
+        """
+        if isinstance(processor, cls):
+            return processor
+        image_processor, tokenizer = (getattr(processor, name, None) for name in ("image_processor", "tokenizer"))
+        if image_processor is None or tokenizer is None:
+            raise TypeError(
+                f"The processor is a {type(processor).__name__}. It must hold CLIP's image processor and tokenizer. "
+                "Give an OpenVocabularyProcessor or a CLIPProcessor."
             )
+        _check_tokenizer(tokenizer, "the processor")
+        if not isinstance(image_processor, CLIPImageProcessorPil):  # the same pixels with and without torchvision
+            image_processor = CLIPImageProcessorPil.from_dict(image_processor.to_dict())
         return cls(image_processor, tokenizer)
 
     @property
@@ -173,6 +195,15 @@ class OpenVocabularyProcessor(CLIPProcessor):
         """
         _, parts = _images(outputs, target_sizes, prefilter)
         return [owners[upsampled_argmax(logits, size)] for logits, owners, size in parts]
+
+
+def _check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Refuse the tokenizer that transformers makes, without a word, where its files are missing: it knows no word."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(
+            f"There is no tokenizer in {source}. It needs tokenizer.json, or vocab.json and merges.txt. "
+            "Save the processor into the folder."
+        )
 
 
 def _images(
@@ -369,5 +400,8 @@ def _bilinear_positions(source: int, target: int, device: torch.device) -> tuple
     low = position.floor().long()
     return low, (position - low).float()
 
+
+# In this file, so that the remote copy does it too: a saved processor names its class and travels with its code.
+OpenVocabularyProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = ["OpenVocabularyProcessor"]

@@ -1,7 +1,9 @@
 """What a segmentation returns for one image: ids, scores, a list as transformers' pipelines give it, a picture."""
 
 import colorsys
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,35 @@ class SegmentationResult:
         picture = _enlarge(Image.fromarray(pixels.round().astype(np.uint8)))
         return self._with_legend(picture) if legend else picture
 
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """Write the picture that `plot` draws; the suffix chooses the format. Folders are created.
+
+        Args:
+            path: Such as "overlay.png".
+            **options: Of `plot`.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If the suffix is no picture's.
+        """
+        target = Path(path)
+        if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
+            raise ValueError(
+                f"{str(path)!r} ends in {target.suffix!r}. The suffix chooses the format of the picture. Use .png, "
+                ".jpg or .webp."
+            )
+        picture = self.plot(**options)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{os.getpid()}.{target.name}")
+        try:
+            picture.save(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return target
+
     def _areas(self) -> list[tuple[int, float]]:
         counts = torch.bincount(self.segmentation.flatten() + 1, minlength=len(self.labels) + 1)[1:]
         order = torch.argsort(counts, descending=True, stable=True).tolist()
@@ -87,6 +118,26 @@ class SegmentationResult:
             draw.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
             draw.text((x + int(size * 1.5), y), text, fill="black", font=font)
         return sheet
+
+
+class SegmentList(list[dict[str, Any]]):
+    """What transformers' image-segmentation pipeline returns, `[{"score", "label", "mask"}, ...]`, and can be drawn.
+
+    Args:
+        result: The segmentation that the list is made of; kept as `result`.
+    """
+
+    def __init__(self, result: SegmentationResult) -> None:
+        super().__init__(result.to_list())
+        self.result = result
+
+    def draw(self, image: Image.Image | None = None, **options: Any) -> Image.Image:
+        """Draw the classes over the picture: see `SegmentationResult.plot`."""
+        return self.result.plot(image, **options)
+
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """Write the drawing: see `SegmentationResult.save`."""
+        return self.result.save(path, **options)
 
 
 def class_colour(index: int) -> tuple[int, int, int]:

@@ -2,15 +2,23 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
+from transformers.utils.hub import cached_file
 
 from .prompt_templates import resolve_templates
 
 BACKGROUND_NAME = "background"
+VOCABULARY_FILE = "vocabulary.json"
+EMBEDDINGS_FILE = "vocabulary.safetensors"
+_FORMAT = {"format": "open-vocabulary", "version": 1}
+_MAX_FILE_BYTES = 64 * 2**20  # a hundred thousand names have about 2 MB
 # The 26 words that SCLIP and NACLIP use for "everything else" on Pascal VOC with background and COCO-Object, and
 # ProxyCLIP and Trident on Pascal VOC.
 _WORDS26 = """sky wall tree wood grass road sea river mountain sands desk bed building cloud lamp door window wardrobe
@@ -51,6 +59,7 @@ class Vocabulary:
     background: str | Sequence[str] | None = None
     text_embeddings: torch.Tensor | None = field(default=None, repr=False, compare=False)
     is_merged: bool = field(default=False, repr=False)
+    encoder: str | None = field(default=None, repr=False, compare=False)  # fingerprint of what made the embeddings
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):
@@ -75,6 +84,92 @@ class Vocabulary:
         if len(parts) > 1 and not parts[-1].strip():
             parts = parts[:-1]  # a trailing separator
         return cls([part.split(",") for part in parts], **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **hub: Any) -> "Vocabulary":
+        """Read the vocabulary of a folder or Hub repository.
+
+        Args:
+            source: A folder, or the name of a repository.
+            revision: Commit, tag or branch on the Hub.
+            **hub: `token`, `cache_dir`, `local_files_only`, `subfolder`.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If its file is damaged.
+        """
+        found = cls.find(source, revision=revision, **hub)
+        if found is None:
+            raise FileNotFoundError(
+                f"There is no {VOCABULARY_FILE} in {str(source)!r}. A saved vocabulary has one. Write it with "
+                "Vocabulary.save_pretrained, or check the name."
+            )
+        return found
+
+    @classmethod
+    def find(cls, source: str | Path, **hub: Any) -> "Vocabulary | None":
+        """Read as `from_pretrained` does; None where the folder or repository has no vocabulary or is out of reach."""
+        path = _locate(source, VOCABULARY_FILE, hub)
+        if path is None:
+            return None
+        values = _read_object(path)
+        try:
+            read = cls(values["names"], templates=values["templates"], background=values["background"])
+            read = replace(read, is_merged=bool(values["merged"]))
+            made_by = values["embeddings"]
+            # Names that were edited by hand have other embeddings.
+            if made_by is None or made_by["vocabulary"] != read.fingerprint:
+                return read
+            encoder = str(made_by["encoder"])
+        except (KeyError, TypeError, ValueError) as err:
+            raise ValueError(
+                f"{str(path)!r} is no valid vocabulary: {err}. It needs names, templates, background, merged and "
+                "embeddings, as Vocabulary.save_pretrained writes them. Write it again."
+            ) from err
+        return replace(
+            read, text_embeddings=_read_embeddings(_locate(source, EMBEDDINGS_FILE, hub), read), encoder=encoder
+        )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `vocabulary.json`, and `vocabulary.safetensors` if the vocabulary is encoded.
+
+        Beside a model it is what the pipeline asks for where no labels are given. Embeddings are stored with the
+        fingerprint of the text tower that made them: another model makes its own.
+
+        Args:
+            folder: Where to; created if it is missing. An earlier vocabulary in it is replaced.
+
+        Returns:
+            The path of `vocabulary.json`.
+        """
+        target = Path(folder) / VOCABULARY_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        groups, background = list(self.classes), None
+        *others, last = groups
+        words = list(last[1:] or last)
+        if others and last == background_class(words, others):
+            groups, background = others, words
+        # Of embeddings that the user made nobody could tell whose they are.
+        tensor = None if self.encoder is None else self.text_embeddings
+        embeddings = None if tensor is None else {"encoder": self.encoder, "vocabulary": self.fingerprint}
+        values = {
+            **_FORMAT,
+            "names": [list(group) for group in groups],
+            "templates": list(self.templates),
+            "background": background,
+            "merged": self.is_merged,
+            "embeddings": embeddings,
+        }
+        with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=target.parent) as temporary:
+            if tensor is None:
+                target.with_name(EMBEDDINGS_FILE).unlink(missing_ok=True)
+            else:
+                tensors = {"text_embeddings": tensor.detach().cpu()}
+                save_torch_state_dict(tensors, temporary, filename_pattern="vocabulary{suffix}.safetensors")
+                Path(temporary, EMBEDDINGS_FILE).replace(target.with_name(EMBEDDINGS_FILE))
+            Path(temporary, VOCABULARY_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            Path(temporary, VOCABULARY_FILE).replace(target)
+        return target
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -185,3 +280,49 @@ def _refuse_duplicates(names: list[str]) -> None:
                 "another class."
             )
         seen.add(name.casefold())
+
+
+def _locate(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
+    """Return the path of a file of a folder or repository, downloaded if need be; None where there is none."""
+    found = cached_file(
+        str(source),
+        name,
+        **hub,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"{str(path)!r} is larger than {_MAX_FILE_BYTES} bytes. No vocabulary is. Remove it.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:  # bad JSON, bad UTF-8
+        raise ValueError(f"{str(path)!r} is not valid JSON ({err}). Save or download the vocabulary again.") from err
+    if not isinstance(values, dict) or {key: values.get(key) for key in _FORMAT} != _FORMAT:
+        raise ValueError(
+            f"{str(path)!r} is no vocabulary that this version reads. It must say {_FORMAT}. Write it with "
+            "Vocabulary.save_pretrained, or use a newer version."
+        )
+    return values
+
+
+def _read_embeddings(path: Path | None, vocabulary: Vocabulary) -> torch.Tensor:
+    if path is None:
+        raise ValueError(
+            f"{VOCABULARY_FILE} names embeddings, and {EMBEDDINGS_FILE} is missing. Both belong together. Copy it, or "
+            "save the vocabulary again."
+        )
+    try:
+        embeddings = load_state_dict_from_file(path)["text_embeddings"]
+    except (KeyError, OSError, ValueError, RuntimeError) as err:
+        raise ValueError(f"{str(path)!r} is damaged ({err}). Save or download the vocabulary again.") from err
+    if embeddings.ndim != 2 or len(embeddings) != len(vocabulary.queries):
+        raise ValueError(
+            f"{str(path)!r} holds embeddings of shape {tuple(embeddings.shape)}. There must be one row for each of "
+            f"the {len(vocabulary.queries)} names. Save the vocabulary again."
+        )
+    return embeddings

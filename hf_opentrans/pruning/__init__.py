@@ -1,6 +1,8 @@
 """One-shot structured pruning of CLIP vision towers. Start reading in `prune.py`."""
 
 from .channels import ChannelPruningReport, ChannelPruningResult, prune_channels
+from .elastic import ElasticResult, prune_elastic
+from .elastic_report import BudgetReport, ElasticReport
 from .latency import LatencyTable, measure_latency_table
 from .nominal import NominalAccount, nominal_account
 from .plan import LayerPlan, PruningConfig, PruningPlan
@@ -12,8 +14,11 @@ from .transfer import TransferReport, TransferResult
 from .transferred import load_transferred, save_transferred
 
 __all__ = [
+    "BudgetReport",
     "ChannelPruningReport",
     "ChannelPruningResult",
+    "ElasticReport",
+    "ElasticResult",
     "LatencyTable",
     "LayerPlan",
     "LayerReport",
@@ -30,6 +35,7 @@ __all__ = [
     "measure_latency_table",
     "nominal_account",
     "prune_channels",
+    "prune_elastic",
     "prune_model",
     "save_transferred",
     "slice_model",

@@ -1,6 +1,7 @@
 """One-shot structured pruning of a CLIP vision tower from unlabelled images: the method, in order."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +27,12 @@ from .report import REPORT_FILE, PruningReport
 from .selection import Selection, recipe_of, select_baseline, select_ours
 from .sizes import head_dim_step
 from .stages import StagedRun
-from .subnetwork import Subnetwork
+from .subnetwork import SUBNETWORK_FOLDER, Subnetwork
 from .summary import make_report, realised_error
 from .surgery import PrunableModel, slice_model, to_sparse
 from .tower import SparseModel, Tower
 
-SUBNETWORK_FOLDER = "subnetwork"
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,11 @@ def _origin(model: PrunableModel) -> tuple[str, str | None]:
     """Name without local folders, and commit, of the dense model."""
     name = str(model.config.name_or_path or "")
     is_local = Path(name).is_absolute() or Path(name).exists()
-    return (Path(name).name if is_local else name), getattr(model.config, "_commit_hash", None)
+    if is_local:
+        return Path(name).name, None
+    # transformers keeps no commit with a model; `hf_opentrans.loading` does.
+    known = (getattr(model, "loaded_revision", None), getattr(model.config, "_commit_hash", None))
+    return name, next((value for value in known if value and _COMMIT.fullmatch(value)), None)
 
 
 def _record_origin(small: SparseModel, model: PrunableModel, report: PruningReport) -> None:

@@ -1,11 +1,19 @@
 """Images of every kind become 8-bit RGB, or one clear error."""
 
+import io
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hf_opentrans.models.image_loading import as_list, load_rgb
+from hf_opentrans.models import image_loading
+from hf_opentrans.models.image_loading import as_list, check_timeout, load_rgb
 
 
 def gradient(height=6, width=5):
@@ -166,3 +174,123 @@ def test_one_array_is_one_image():
     assert len(as_list(array)) == 1
     assert len(as_list([array, "a.png"])) == 2
     assert as_list("a.png") == ["a.png"]
+
+
+@contextmanager
+def serving(pages):
+    """Serve {path: (status, type, bytes)} on this machine; a path that ends in "slow" sends its bytes one by one."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, kind, body = pages.get(self.path.partition("?")[0], (404, "text/html", b"<h1>no</h1>"))
+            self.send_response(status)
+            self.send_header("Location" if status == 302 else "Content-Type", kind)
+            if not self.path.endswith("chunked"):
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            step = 1 if self.path.endswith("slow") else len(body) or 1
+            try:
+                for start in range(0, len(body), step):
+                    self.wfile.write(body[start : start + step])
+                    self.wfile.flush()
+                    time.sleep(0.05 if step == 1 else 0)
+            except OSError:
+                return  # the client had enough
+
+        def log_message(self, *args: Any, **options: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def site(tiny_images, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    buffer = io.BytesIO()
+    tiny_images[0].save(buffer, format="png")
+    picture = buffer.getvalue()
+    pages = {
+        "/a.png": (200, "image/png", picture),
+        "/chunked": (200, "image/png", picture),
+        "/page": (200, "text/html", b"<html>a page</html>"),
+        "/cut.png": (200, "image/png", picture[: len(picture) // 2]),
+        "/moved": (302, "/a.png", b""),
+        "/local": (302, "file:///etc/hostname", b""),
+        "/ftp": (302, "ftp://127.0.0.1/a.png", b""),
+        "/broken": (500, "text/html", b"oh"),
+        "/slow": (200, "image/png", picture),
+    }
+    with serving(pages) as address:
+        yield address
+
+
+def test_addresses(tiny_images, site):
+    for name in ("a.png", "a.png?size=1", "chunked", "moved"):
+        assert np.array_equal(pixels(load_rgb(f"{site}/{name}")), np.asarray(tiny_images[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("none.png", FileNotFoundError, r"none\.png' cannot be read: the server answers 404 Not Found. .*Check it"),
+        ("broken", ConnectionError, "cannot be read: the server answers 500"),
+        ("page", ValueError, r"/page' \(text/html\) is not an image that Pillow can read. Give a JPEG"),
+        ("cut.png", ValueError, r"cut\.png' \(image/png\) is damaged or cut short"),
+        ("local", ConnectionError, "cannot be read: the server answers 302"),
+        ("ftp", ConnectionError, r"cannot be read \(unknown url type: ftp\)"),
+    ],
+)
+def test_addresses_without_an_image(site, name, error, message):
+    with pytest.raises(error, match=message):
+        load_rgb(f"{site}/{name}")
+
+
+def test_local_files_and_other_schemes_are_no_addresses(tmp_path, tiny_images):
+    tiny_images[0].save(tmp_path / "a.png")
+    for address, kind in ((f"file://{tmp_path}/a.png", "file"), ("ftp://host/a.png", "ftp"), ("s3://b/a.png", "s3")):
+        with pytest.raises(ValueError, match=rf"an address of the kind '{kind}'. Only http and https are read. Give"):
+            load_rgb(address)
+    with pytest.raises(ValueError, match=r"The address of an image is not valid \(.*Correct it"):
+        load_rgb("http://[broken/a.png")
+
+
+def test_downloads_are_bounded_in_time_and_size(site, monkeypatch):
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"/slow' did not come within 0\.3 seconds. .*Raise timeout"):
+        load_rgb(f"{site}/slow", timeout=0.3)
+    assert time.monotonic() - start < 3
+    monkeypatch.setattr(image_loading, "MAX_DOWNLOAD_BYTES", 100)
+    for name in ("a.png", "chunked"):
+        with pytest.raises(ValueError, match=r"' is larger than 0 MiB. Downloads are limited to that. Download it"):
+            load_rgb(f"{site}/{name}")
+
+
+def test_secrets_in_an_address_are_not_repeated(site):
+    with pytest.raises(FileNotFoundError, match="cannot be read") as caught:
+        load_rgb(f"{site}/none.png?token=hush")
+    assert "hush" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"'127\.0\.0\.1' holds a user name or password. Neither is sent") as caught:
+        load_rgb(site.replace("http://", "http://user:hush@"))
+    assert "hush" not in str(caught.value)
+
+
+def test_a_server_out_of_reach(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(ConnectionError, match=r"cannot be read \(.*refused.*\). The server must be within reach"):
+        load_rgb("http://127.0.0.1:9/a.png")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), "1", True])
+def test_time_limits(timeout):
+    with pytest.raises(ValueError, match=r"timeout is .*\. It must be a positive number of seconds. Leave it out"):
+        check_timeout(timeout)
+    with pytest.raises(ValueError, match=r"timeout is "):
+        load_rgb("http://127.0.0.1:9/a.png", timeout=timeout)

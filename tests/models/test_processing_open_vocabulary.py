@@ -1,5 +1,8 @@
 """Preparing images, and turning logits into segmentations: against brute force with torch."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPProcessor, CLIPTokenizer
 
 from hf_opentrans import OpenVocabularyProcessor, OpenVocabularySegmenterOutput, Vocabulary
 from hf_opentrans.models.processing_open_vocabulary import upsampled_argmax, upsampled_strips
@@ -286,3 +290,35 @@ class LargestTensor(TorchDispatchMode):
 def test_the_longest_side_bounds_the_picture(processor):
     batch = processor(Image.new("RGB", (400, 40)), resolution=32, size_divisor=8, longest_side=160)
     assert batch["pixel_values"].shape == (1, 3, 16, 160)
+
+
+def test_a_processor_is_made_of_the_parts_of_another(processor, tiny_image_processor, tiny_tokenizer):
+    stock = CLIPProcessor(tiny_image_processor, tiny_tokenizer)
+    made = OpenVocabularyProcessor.of(stock)
+    assert type(made) is OpenVocabularyProcessor
+    assert made.image_processor is tiny_image_processor
+    assert made.tokenizer is tiny_tokenizer
+    assert OpenVocabularyProcessor.of(processor) is processor
+    with pytest.raises(TypeError, match=r"The processor is a CLIPTokenizer. It must hold CLIP's image processor"):
+        OpenVocabularyProcessor.of(tiny_tokenizer)
+    empty = SimpleNamespace(image_processor=tiny_image_processor, tokenizer=CLIPTokenizer())
+    with pytest.raises(OSError, match="There is no tokenizer in the processor"):
+        OpenVocabularyProcessor.of(empty)
+
+
+def test_an_image_processor_of_another_backend_gives_the_same_pixels(processor, tiny_images, tiny_tokenizer):
+    other = SimpleNamespace(to_dict=processor.image_processor.to_dict)  # as torchvision's, which need not be there
+    made = OpenVocabularyProcessor.of(SimpleNamespace(image_processor=other, tokenizer=tiny_tokenizer))
+    assert torch.equal(made(tiny_images)["pixel_values"], processor(tiny_images)["pixel_values"])
+
+
+def test_a_saved_processor_travels_with_its_code(processor, tmp_path, tiny_images):
+    processor.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "processor_config.json").read_text())
+    assert values["processor_class"] == "OpenVocabularyProcessor"
+    assert values["auto_map"] == {"AutoProcessor": "processing_open_vocabulary.OpenVocabularyProcessor"}
+    assert (tmp_path / "processing_open_vocabulary.py").is_file()
+    again = OpenVocabularyProcessor.from_pretrained(tmp_path, dtype="auto", trust_remote_code=True)  # not for it
+    assert torch.equal(again(tiny_images)["pixel_values"], processor(tiny_images)["pixel_values"])
+    assert "dtype" not in again.image_processor.to_dict()
+    assert again.tokenizer("a cat")["input_ids"] == processor.tokenizer("a cat")["input_ids"]

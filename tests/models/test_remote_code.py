@@ -4,14 +4,26 @@ import json
 import os
 import subprocess
 import sys
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from hf_opentrans import DenseCLIPForSegmentation, SparseCLIPConfig, apply_masks, slice_model
+from hf_opentrans import (
+    DeepLabV3PlusForSegmentation,
+    DenseCLIPForSegmentation,
+    OpenVocabularyProcessor,
+    SparseCLIPConfig,
+    Vocabulary,
+    apply_masks,
+    slice_model,
+)
+from hf_opentrans.models.pipeline_open_vocabulary import TASK, register_pipeline
 from hf_opentrans.pruning import LayerPlan, PruningPlan, to_sparse
 
 # Run with -I: no PYTHONPATH, no current folder. The finder refuses hf_opentrans even where it is installed.
@@ -47,6 +59,26 @@ with torch.no_grad():
     outputs["dense"] = copy.deepcopy(model)(pixels, text_embeddings=text).logits
     config = transformers.AutoConfig.from_pretrained(f"{folder}/vision", trust_remote_code=True)
     kinds["config"] = type(config).__name__
+
+task = "zero-shot-image-segmentation"
+words = {"candidate_labels": ["cat", "sofa; couch"], "background": ["sky"]}
+for name in ("segmenter", "trained"):
+    pipe = transformers.pipeline(task, model=f"{folder}/{name}", trust_remote_code=True)
+    given = pipe(f"{folder}/image.png", **words)
+    # Saved again, whole and in its parts.
+    pipe.save_pretrained(f"{folder}/{name}-pipeline")
+    auto.from_pretrained(f"{folder}/{name}", trust_remote_code=True).save_pretrained(f"{folder}/{name}-parts")
+    processor = transformers.AutoProcessor.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    processor.save_pretrained(f"{folder}/{name}-parts")
+    kinds[name] = [type(part).__name__ for part in (pipe, pipe.model, pipe.processor, processor)]
+    found = [given, pipe(f"{folder}/image.png")]
+    for kept in ("pipeline", "parts"):
+        again = transformers.pipeline(task, model=f"{folder}/{name}-{kept}", trust_remote_code=True)
+        found += [again(f"{folder}/image.png", **words), again(f"{folder}/image.png")]
+    for index, masks in enumerate(found):
+        outputs[f"{name}.{index}.ids"] = masks.result.segmentation
+        outputs[f"{name}.{index}.scores"] = masks.result.scores
+    given.save(f"{folder}/{name}.png")
 assert not any(name.split(".")[0] == "hf_opentrans" for name in sys.modules)
 save_file({name: value.contiguous() for name, value in outputs.items()}, f"{folder}/outputs.safetensors")
 open(f"{folder}/kinds.json", "w").write(json.dumps(kinds))
@@ -59,11 +91,18 @@ KINDS = {
     "dense": "DenseCLIPForSegmentation",
     "config": "SparseCLIPVisionConfig",
 }
+pipeline: Any = transformers.pipeline  # its types know the tasks of transformers alone
+PIPELINE, PROCESSOR = "OpenVocabularySegmentationPipeline", "OpenVocabularyProcessor"
+KINDS |= {
+    "segmenter": [PIPELINE, "DenseCLIPForSegmentation", PROCESSOR, PROCESSOR],
+    "trained": [PIPELINE, "DeepLabV3PlusForSegmentation", PROCESSOR, PROCESSOR],
+}
+WORDS = {"candidate_labels": ["cat", "sofa; couch"], "background": ["sky"]}
 
 
 @pytest.fixture(scope="module")
-def loaded_elsewhere(tmp_path_factory, tiny_clip_config):
-    """Save five pruned models, load them in a process without hf_opentrans; return (folder, expected outputs)."""
+def loaded_elsewhere(tmp_path_factory, tiny_clip_config, tiny_tokenizer, tiny_image_processor):
+    """Save pruned models and segmenters, load them without hf_opentrans; return (folder, expected outputs)."""
     folder = tmp_path_factory.mktemp("remote")
     torch.manual_seed(0)
     plan = PruningPlan((LayerPlan((1, 3), (5, 6, 7)), LayerPlan((), (0,)), LayerPlan((0, 2), ())))
@@ -87,6 +126,15 @@ def loaded_elsewhere(tmp_path_factory, tiny_clip_config):
         expected["dense"] = dense(pixels, text_embeddings=text).logits
     for name, model in models.items():
         model.save_pretrained(folder / name)
+    trained = DeepLabV3PlusForSegmentation.from_clip(dense, decoder_channels=8).eval()
+    for parameter in trained.head.parameters():  # a new head adds nothing
+        torch.nn.init.normal_(parameter, std=0.1)
+    for name, model in {"segmenter": dense, "trained": trained}.items():
+        model.default_vocabulary = Vocabulary(["dog", "wall"], templates="plain")
+        model.save_pretrained(folder / name)
+        OpenVocabularyProcessor(tiny_image_processor, tiny_tokenizer).save_pretrained(folder / name)
+    coarse = np.random.default_rng(0).integers(0, 256, size=(5, 6, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((48, 40)).save(folder / "image.png")
     environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
         [sys.executable, "-I", "-c", LOAD, str(folder)], env=environment, capture_output=True, text=True, check=False
@@ -105,11 +153,45 @@ def test_the_classes_are_the_travelling_ones(loaded_elsewhere):
     assert json.loads((loaded_elsewhere[0] / "kinds.json").read_text()) == KINDS
 
 
+@pytest.mark.parametrize("name", ["segmenter", "trained"])
+def test_pipelines_give_the_same_masks_without_the_package(loaded_elsewhere, name):
+    folder, _ = loaded_elsewhere
+    outputs = load_file(folder / "outputs.safetensors")
+    register_pipeline()
+    pipe = pipeline(TASK, model=str(folder / name))  # no flag where the package is
+    expected = [pipe(folder / "image.png", **WORDS), pipe(folder / "image.png")]
+    assert not torch.equal(expected[0].result.segmentation, expected[1].result.segmentation)
+    for index in range(6):  # as loaded, and from both folders that were saved again
+        found = outputs[f"{name}.{index}.ids"], outputs[f"{name}.{index}.scores"]
+        torch.testing.assert_close(found[1], expected[index % 2].result.scores)
+        assert torch.equal(found[0], expected[index % 2].result.segmentation)
+    with Image.open(folder / f"{name}.png") as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(expected[0].draw()))
+
+
+@pytest.mark.parametrize("kept", ["segmenter-pipeline", "segmenter-parts", "trained-pipeline", "trained-parts"])
+def test_what_is_saved_there_is_complete_here(loaded_elsewhere, kept):
+    folder = loaded_elsewhere[0]
+    name = kept.partition("-")[0]
+    register_pipeline()
+    pipes = [pipeline(TASK, model=str(folder / source)) for source in (kept, name)]
+    assert type(pipes[0].model) is type(pipes[1].model)
+    assert pipes[0].model.default_vocabulary == Vocabulary(["dog", "wall"], templates="plain")
+    first, second = (pipe(folder / "image.png", **WORDS).result for pipe in pipes)
+    assert torch.equal(first.segmentation, second.segmentation)
+    code = {path.name: path.read_bytes() for path in (folder / name).glob("*.py")}
+    assert {path.name: path.read_bytes() for path in (folder / kept).glob("*.py")} == code
+    before, after = (json.loads((folder / source / "config.json").read_text()) for source in (name, kept))
+    for key in ("auto_map", "custom_pipelines", "model_type"):
+        assert after[key] == before[key]
+
+
 @pytest.mark.parametrize(
     ("name", "files"),
     [
         ("vision", {"configuration_sparse_clip.py", "modeling_sparse_clip.py"}),
-        ("dense", {"modeling_dense_clip.py", "vocabulary.py", "prompt_templates.py"}),
+        ("dense", {"modeling_dense_clip.py", "vocabulary.py", "pipeline_open_vocabulary.py"}),
+        ("trained", {"modeling_deeplabv3plus.py", "pipeline_open_vocabulary.py", "processing_open_vocabulary.py"}),
     ],
 )
 def test_the_code_lies_beside_the_weights(loaded_elsewhere, name, files):

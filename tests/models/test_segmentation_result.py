@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hf_opentrans import SegmentationResult
-from hf_opentrans.models.segmentation_result import class_colour
+from hf_opentrans.models.segmentation_result import SegmentList, class_colour
 
 
 def make():
@@ -63,3 +63,23 @@ def test_colours_of_neighbours_differ():
     colours = [np.array(class_colour(index), float) for index in range(20)]
     assert len({tuple(colour) for colour in colours}) == 20
     assert min(np.abs(a - b).sum() for a, b in pairwise(colours)) > 100
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_the_picture_is_written_whole(tmp_path, suffix):
+    path = make().save(tmp_path / "new" / f"a.{suffix}", legend=False)
+    with Image.open(path) as written:
+        assert written.size == make().plot(legend=False).size
+    assert [entry.name for entry in path.parent.iterdir()] == [f"a.{suffix}"]
+    for wrong in ("a", "a.txt", "a.psd"):  # Pillow reads the last one and does not write it
+        with pytest.raises(ValueError, match=r"ends in '.*'. The suffix chooses the format of the picture. Use \.png"):
+            make().save(tmp_path / wrong)
+
+
+def test_the_list_carries_its_result():
+    found = SegmentList(make())
+    assert found == make().to_list()
+    assert [entry["label"] for entry in found] == ["cat", "wall"]
+    assert found.result.labels == ("cat", "dog", "wall")
+    ground = Image.new("RGB", (4, 2), "red")
+    assert np.array_equal(np.asarray(found.draw(ground)), np.asarray(make().plot(ground)))

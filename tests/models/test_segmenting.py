@@ -17,6 +17,7 @@ from hf_opentrans import (
     segment,
 )
 from hf_opentrans.loading import load_segmenter
+from hf_opentrans.models.segmenting import SegmentationOptions, as_vocabulary
 
 QUERIES = {"hidden_dim": 64, "num_queries": 4, "encoder_layers": 1, "decoder_layers": 1, "feedforward_dim": 16}
 
@@ -104,3 +105,41 @@ def test_trained_segmenters_are_used_alike(parts, tiny_images, tmp_path, kind, o
     for choice in choices:
         with pytest.raises(ValueError, match="A trained segmenter reads whole images in the mode"):
             segment(model, loaded, tiny_images[0], labels, **choice)
+
+
+def test_labels_in_every_form(parts, tiny_images):
+    model, processor = parts
+    expected = segment(model, processor, tiny_images[0], ["cat", "sofa; couch"])[0]
+    for labels in ("cat; sofa, couch", Vocabulary(["cat", ["sofa", "couch"]])):
+        found = segment(model, processor, tiny_images[0], labels)[0]
+        assert found.labels == expected.labels
+        assert torch.equal(found.segmentation, expected.segmentation)
+
+
+def test_a_background_joins_a_vocabulary():
+    encoded = Vocabulary(["cat"], templates="plain").encode(lambda texts: torch.eye(2)[: len(texts)])
+    both = as_vocabulary(encoded, "photo", background=["sky"])
+    assert both.names == ("cat", "background")
+    assert both.templates == ("{}",)
+    assert both.text_embeddings is None  # they would lack the new words
+    assert as_vocabulary(encoded, "photo") is encoded
+    with pytest.raises(ValueError, match="'background' occurs twice"):
+        as_vocabulary(both, "photo", background=["sky"])
+
+
+def test_wrong_options_are_refused_before_images_are_read(parts):
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"mode": "magic"}, r"mode is 'magic'. It must be one of vanilla, maskclip, .*Leave it out"),
+        ({"inference": "tiles"}, r"inference is 'tiles'. It must be 'whole' or 'slide'"),
+        ({"resolution": 0}, r"resolution is 0. It must be a whole number from 1 up"),
+        ({"resolution": 3.5}, r"resolution is 3.5. It must be a whole number"),
+        ({"batch_size": 0}, r"batch_size is 0. It must be a whole number from 1 up. Correct it"),
+        ({"batch_size": None}, r"batch_size is None. It must be a whole number"),
+        ({"threshold": -0.1}, r"threshold is -0.1. It is a probability and must lie in 0..1"),
+        ({"threshold": "0.5"}, r"threshold is '0.5'. It is a probability"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            segment(parts[0], parts[1], "missing.png", ["cat"], **options)
+    of_numpy: dict[str, Any] = {"threshold": np.float32(0.5), "resolution": np.int64(32)}
+    assert SegmentationOptions(**of_numpy).resolution == 32

@@ -1,9 +1,15 @@
 """Names, aliases, templates and text embeddings."""
 
+import json
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_opentrans import Vocabulary
+from hf_opentrans.models import vocabulary as vocabulary_module
 from hf_opentrans.models.prompt_templates import PROMPT_TEMPLATES
 from hf_opentrans.models.vocabulary import BACKGROUND_PRESETS, BACKGROUND_WORDS, background_class
 
@@ -161,3 +167,102 @@ def test_the_fingerprint_depends_on_names_and_templates():
     ]
     assert len({vocabulary.fingerprint for vocabulary in vocabularies}) == len(vocabularies)
     assert Vocabulary(["cat", "dog"]).fingerprint == Vocabulary.parse("cat;dog").fingerprint
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [
+        Vocabulary(["cat", "sofa; couch"], templates="vild14"),
+        Vocabulary(["cat", "wall"], templates="plain", background="words26"),
+        Vocabulary(["cat"], background="background"),
+        Vocabulary(["background"]),
+        Vocabulary(["background; sky", "cat"]),
+        Vocabulary(["sky", "background; sky"]),  # as nobody would write it, and it stays as it is
+        Vocabulary(["cat; kitten", "dog"], background=["sky"]).merged(),
+        Vocabulary(["chaise longue", "\u732b", 'a "quoted" name']),
+    ],
+    ids=lambda vocabulary: vocabulary.names[0],
+)
+def test_a_saved_vocabulary_comes_back(tmp_path, vocabulary):
+    path = vocabulary.save_pretrained(tmp_path / "new")
+    again = Vocabulary.from_pretrained(tmp_path / "new")
+    assert again == vocabulary
+    assert again.fingerprint == vocabulary.fingerprint
+    assert again.queries == vocabulary.queries
+    assert again.text_embeddings is None
+    assert [entry.name for entry in path.parent.iterdir()] == ["vocabulary.json"]
+    assert Vocabulary.find(tmp_path) is None
+
+
+def test_the_file_can_be_read_and_edited(tmp_path):
+    path = Vocabulary(["cat", "sofa; couch"], templates="plain", background=["sky"]).save_pretrained(tmp_path)
+    values = json.loads(path.read_text())
+    assert values["names"] == [["cat"], ["sofa", "couch"]]
+    assert values["background"] == ["sky"]
+    assert values["templates"] == ["{}"]
+    path.write_text(json.dumps({**values, "names": ["dog", "sofa; couch"], "background": "words17"}))
+    expected = Vocabulary(["dog", "sofa; couch"], templates="plain", background="words17")
+    assert Vocabulary.from_pretrained(tmp_path) == expected
+
+
+def encoded():
+    vocabulary = Vocabulary(["cat", "dog; puppy"]).encode(lambda texts: torch.eye(3)[: len(texts)])
+    return replace(vocabulary, encoder="some text tower")
+
+
+def test_embeddings_are_saved_with_what_made_them(tmp_path):
+    encoded().save_pretrained(tmp_path)
+    again = Vocabulary.from_pretrained(tmp_path)
+    assert again.text_embeddings is not None
+    assert torch.equal(again.text_embeddings, torch.eye(3))
+    assert again.encoder == "some text tower"
+    # Other names have other embeddings, and no others are kept.
+    path = tmp_path / "vocabulary.json"
+    path.write_text(path.read_text().replace("puppy", "hound"))
+    assert Vocabulary.from_pretrained(tmp_path).queries == ("cat", "dog", "hound")
+    assert Vocabulary.from_pretrained(tmp_path).text_embeddings is None
+    Vocabulary(["cat"]).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocabulary.safetensors").exists()
+    replace(encoded(), encoder=None).save_pretrained(tmp_path)  # nobody could tell whose they are
+    assert not (tmp_path / "vocabulary.safetensors").exists()
+
+
+def test_no_or_a_damaged_vocabulary(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no vocabulary\.json in .*Write it with"):
+        Vocabulary.from_pretrained(tmp_path)
+    path = encoded().save_pretrained(tmp_path)
+    good = json.loads(path.read_text())
+    for wrong, message in (
+        ("{", r"is not valid JSON .*Save or download"),
+        (b"\xff\xfe{", r"is not valid JSON .*Save or download"),
+        ("[]", r"is no vocabulary that this version reads. It must say"),
+        (json.dumps({**good, "version": 2}), r"is no vocabulary that this version reads"),
+        (json.dumps({**good, "names": "cat"}), r"is no valid vocabulary: The classes are one string"),
+        (json.dumps({**good, "names": ["cat", "cat"]}), r"is no valid vocabulary: The label 'cat' occurs twice"),
+        (json.dumps({**good, "names": [["cat"], [3]]}), r"is no valid vocabulary: Class 2 holds 3"),
+        (json.dumps({name: value for name, value in good.items() if name != "merged"}), "'merged'. It needs names"),
+    ):
+        path.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
+        with pytest.raises(ValueError, match=message):
+            Vocabulary.find(tmp_path)
+    path.write_text(json.dumps(good))
+    weights = tmp_path / "vocabulary.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"vocabulary\.safetensors' is damaged .*Save or download"):
+        Vocabulary.find(tmp_path)
+    weights.write_bytes(pickle.dumps({"text_embeddings": 1}))
+    with pytest.raises(ValueError, match=r"vocabulary\.safetensors' is damaged"):
+        Vocabulary.find(tmp_path)
+    save_file({"text_embeddings": torch.eye(2)}, weights)
+    with pytest.raises(ValueError, match=r"embeddings of shape \(2, 2\). There must be one row for each of the 3"):
+        Vocabulary.find(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"names embeddings, and vocabulary\.safetensors is missing"):
+        Vocabulary.find(tmp_path)
+
+
+def test_an_absurdly_large_file_is_not_read(tmp_path, monkeypatch):
+    Vocabulary(["cat"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(vocabulary_module, "_MAX_FILE_BYTES", 10)
+    with pytest.raises(ValueError, match=r"is larger than 10 bytes. No vocabulary is"):
+        Vocabulary.find(tmp_path)
