@@ -6,6 +6,7 @@ _PURPOSES = {
     "bench": "comparing with other pruners",
     "demo": "drawing the demonstration scenes",
     "onnx": "the ONNX export",
+    "openvino": "running and writing OpenVINO models",
     "peft": "LoRA fine-tuning",
     "train": "training",
 }

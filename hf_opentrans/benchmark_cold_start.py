@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,16 @@ class ColdStart:
             "allowed_ratio": ALLOWED_RATIO,
             "total": self.total,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ColdStart":
+        """Return what `to_dict` wrote."""
+        timings = {
+            key: tuple(Timing(one["name"], *map(tuple, (one["seconds"], one["cpu_seconds"]))) for one in values[key])
+            for key in ("imports", "stages")
+        }
+        packages = tuple((name, share) for name, share in values["packages"])
+        return cls(**timings, packages=packages, is_cache_emptied=values["is_cache_emptied"], model=values["model"])
 
 
 def measure_cold_start(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_opentrans.benchmark_claims import claim_text
+from hf_opentrans.benchmark_cold_start import ColdStart, cold_start_notes, cold_start_table
 from hf_opentrans.benchmark_cuts import CutRow, cuts_notes, cuts_table
 from hf_opentrans.benchmark_metric import MetricRow, metric_notes, metric_table
 from hf_opentrans.benchmark_recovery_tables import RecoveryRow, recovery_notes, recovery_table
@@ -161,11 +162,20 @@ def result_table(values: dict[str, Any]) -> str:
     Raises:
         ValueError: If the object is no benchmark result.
     """
-    rows = values.get("rows") or [{}]
     machine = values.get("environment", {})
     versions = machine.get("versions", {})
     threads = machine.get("threads")
     stack = f"{threads} thread{'' if threads == 1 else 's'}, {machine.get('processor')}, torch {versions.get('torch')}"
+    if "cpu_ratio" in values:
+        first = ColdStart.from_dict(values)
+        table, notes = cold_start_table(first), cold_start_notes(first)
+    else:
+        table, notes = _table_of_rows(values, values.get("rows") or [{}])
+    said = "".join(f"{note}\n\n" for note in notes)
+    return f"{markdown_table(table)}\n\n{said}Measured by `{values['command']}` ({stack}).\n"
+
+
+def _table_of_rows(values: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[Table, list[str]]:
     notes: list[str] = []
     if "rule" in rows[0]:
         runs = [SelectionRow(**row) for row in rows]
@@ -195,8 +205,7 @@ def result_table(values: dict[str, Any]) -> str:
         table = latency_table([LatencyRow(**row) for row in rows])
     else:
         raise ValueError("The file holds no rows of a benchmark. Write it with `hf-opentrans benchmark ... --json`.")
-    said = "".join(f"{note}\n\n" for note in notes)
-    return f"{markdown_table(table)}\n\n{said}Measured by `{values['command']}` ({stack}).\n"
+    return table, notes
 
 
 def method_notes(rows: Sequence[MethodRow], skipped: Sequence[dict[str, Any]] = ()) -> list[str]:

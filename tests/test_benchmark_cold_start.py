@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -29,6 +30,8 @@ from hf_opentrans.benchmark_cold_start import (
     write_picture,
 )
 from hf_opentrans.cli import app
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "model_cards" / "results" / "cold-start.json"
 
 
 def result(ours=(2.2, 2.6, 2.4), reference=(2.0, 2.0, 3.0), **values):
@@ -92,6 +95,7 @@ def test_shares_name_what_was_imported():
     assert [share for _, share in shares] == sorted((share for _, share in shares), reverse=True)
 
 
+@pytest.mark.slow
 def test_a_first_use_has_all_stages(tmp_path, tiny_clip_config):
     write_clip(tmp_path / "model", tiny_clip_config())
     write_picture(tmp_path / "picture.png", (64, 48))
@@ -183,3 +187,11 @@ def test_a_model_that_is_not_here_is_refused(tmp_path):
     ran = CliRunner().invoke(app, ["benchmark", "cold-start", "--model", str(tmp_path)])
     assert ran.exit_code == 2
     assert "There is no model folder" in " ".join(ran.stderr.split())
+
+
+def test_a_stored_result_comes_back():
+    stored = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    result = ColdStart.from_dict(stored)
+    again = json.loads(json.dumps(result.to_dict()))
+    assert again == {name: stored[name] for name in again}
+    assert result.ratio <= cold_start.ALLOWED_RATIO

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import TorchDynamoException
 from torch._ops import OpOverload
 from torch.fx.node import map_arg
 
@@ -66,6 +65,8 @@ def trace(module: Exportable, example: Mapping[str, torch.Tensor], dynamic: Dyna
     Raises:
         RuntimeError: If the module does something that a graph cannot hold.
     """
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds, and commands import this module
+
     arguments = tuple(example.values())
     sizes = tuple(dict(dynamic.get(name, {})) for name in example)
     try:

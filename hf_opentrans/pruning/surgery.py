@@ -39,8 +39,9 @@ def to_sparse(model: PrunableModel) -> SparseModel:
     Raises:
         TypeError: If the model has no CLIP vision tower.
     """
-    if hasattr(model, "extract"):  # of several budgets the one that is set
-        model = model.extract()
+    extract: Any = getattr(model, "extract", None)
+    if extract is not None:  # of several budgets the one that is set
+        model = extract()
     for stock, sparse in _SPARSE_CLASSES:
         if isinstance(model, stock):
             target = type(model) if isinstance(model, sparse) else sparse

@@ -14,6 +14,8 @@ pytest.importorskip("peft")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.slow  # the default run pushes and loads in test_push.py and test_readme.py
+
 SETUP = """
 import copy, json, sys, warnings
 from pathlib import Path
