@@ -32,7 +32,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _AGAIN = "Save or download the model again."
 # What safetensors calls floating-point types.
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def check_fits(
         used.add(key)
         if stored[key].shape != tuple(tensor.shape):
             misshapen.append(f"{key} is {stored[key].shape} and not {tuple(tensor.shape)}")
-        elif tensor.is_floating_point() and stored[key].dtype not in _FLOATS:
+        elif tensor.is_floating_point() and stored[key].dtype not in FLOATS:
             foreign.append(f"{key} ({stored[key].dtype})")
     extra = [name for name in stored if name not in used and not any(re.search(p, name) for p in ignored)]
     if misshapen:
@@ -256,7 +256,7 @@ def check_fits(
     if foreign:
         raise ValueError(
             f"The weights in {source!r} are not all floating-point numbers: {foreign[0]}{_more(foreign)}. They must "
-            f"be {', '.join(sorted(_FLOATS))}. {_AGAIN}"
+            f"be {', '.join(sorted(FLOATS))}. {_AGAIN}"
         )
     if missing:
         raise ValueError(

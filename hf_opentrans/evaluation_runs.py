@@ -23,6 +23,7 @@ import torch
 
 from hf_opentrans._distributed import add_up, is_distributed, is_main_process, process_count, wait_for_all
 from hf_opentrans._files import write_json
+from hf_opentrans._fingerprints import model_fingerprint
 from hf_opentrans.data.folder import SegmentationData
 from hf_opentrans.data.metrics import MeanIoU, SegmentationScores
 from hf_opentrans.evaluation_protocols import Protocol
@@ -419,16 +420,6 @@ def forget_state(state: str | Path) -> None:
     if is_main_process():
         for path in _parts(Path(state)):
             path.unlink(missing_ok=True)
-
-
-def model_fingerprint(model: OpenVocabularyModel) -> str:
-    """Return a short hash of a model's class, configuration and weights."""
-    config = {n: v for n, v in model.config.to_dict().items() if n not in ("_name_or_path", "transformers_version")}
-    found = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
 
 
 def data_fingerprint(data: SegmentationData) -> str:

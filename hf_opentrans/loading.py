@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hf_opentrans._checks import check_finite
 from hf_opentrans._safety import (
+    FLOATS,
     check_config,
     check_fits,
     check_folder,
@@ -46,8 +47,6 @@ from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModelWithPr
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
 
 EMBEDDED_MODEL = "clip-scenes"
-# What safetensors calls the precisions that weights come in.
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # Of all loading here: safetensors alone, and no code of the folder.
 SAFE = {"use_safetensors": True, "trust_remote_code": False}
 MOST_PIXELS = 2**14  # side of the images that a processor may ask for
@@ -106,6 +105,7 @@ def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
     """
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
+        revision = _commit_of(path, revision) or revision  # all files of one commit, and it is asked for once
         model_type, architectures = _kind(path, revision)
         if model_type in CLIP_MODEL_TYPES:
             is_segmenter = DenseCLIPForSegmentation.__name__ in architectures
@@ -115,7 +115,7 @@ def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
         else:
             target = SparseCLIPVisionModel
         model, disk_dtype = _load_checked(target, path, revision)
-        model.loaded_revision = _commit_of(path, revision) or revision
+        model.loaded_revision = revision
         processor = load_processor(path, revision=revision, text=model_type in CLIP_MODEL_TYPES)
     return Loaded(model, processor, path, disk_dtype)
 
@@ -272,7 +272,7 @@ def _load_checked(target: Any, path: str, revision: str | None) -> tuple[Any, to
     options = {"revision": revision or "main", "dtype": torch.float32, **SAFE}
     model = target.from_pretrained(path, **options).eval()
     check_finite(model.state_dict())
-    return model, next((_FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in _FLOATS), torch.float32)
+    return model, next((FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in FLOATS), torch.float32)
 
 
 def _load_foreign(

@@ -11,6 +11,7 @@ from rich.markup import escape
 from tqdm.auto import tqdm
 
 from hf_opentrans._distributed import is_main_process, process_count, start_processes, wait_for_all
+from hf_opentrans._fingerprints import model_fingerprint
 from hf_opentrans.benchmark_evaluation import (
     EvaluationFile,
     EvaluationRow,
@@ -25,7 +26,7 @@ from hf_opentrans.cli.commands import Mode, Resolution
 from hf_opentrans.data.benchmarks import BENCHMARKS, find_benchmark, open_benchmark
 from hf_opentrans.data.folder import SegmentationData, SegmentationFolder
 from hf_opentrans.evaluation_protocols import PROTOCOLS, Protocol, find_protocol, knobs_of_text
-from hf_opentrans.evaluation_runs import data_fingerprint, evaluate_data, forget_state, model_fingerprint
+from hf_opentrans.evaluation_runs import data_fingerprint, evaluate_data, forget_state
 from hf_opentrans.loading import load_segmenter
 
 Parts = tuple[Any, Any]  # a segmenter and its processor

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_opentrans._files import check_output_folder, write_folder, write_json
+from hf_opentrans._fingerprints import model_fingerprint
 from hf_opentrans._optional import require
 from hf_opentrans.deploy.onnx_runtime import write_onnx
 from hf_opentrans.deploy.openvino_runtime import convert_openvino, import_openvino, write_openvino
@@ -32,7 +33,6 @@ from hf_opentrans.deploy.record import (
     TEXT_STEM,
     ExportRecord,
     list_files,
-    model_fingerprint,
     text_fingerprint,
 )
 from hf_opentrans.deploy.sessions import PRECISIONS, Session, open_session

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+
+from hf_opentrans._fingerprints import tensor_fingerprint
 
 EXPORT_FILE = "export.json"
 # Number of the layout of export.json; a reader refuses others.
@@ -159,14 +160,6 @@ def file_sha256(path: Path) -> str:
     return found.hexdigest()
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Return a short hash of a model's class, configuration and weights; that of an evaluation is the same."""
-    values = getattr(model, "config").to_dict()  # noqa: B009 - nn.Module does not declare it
-    config = {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
-    head = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
-    return _hash(head, model.state_dict().items())
-
-
 def text_fingerprint(model: nn.Module) -> str | None:
     """Return a short hash of the weights of a model's text tower, or None if it has none.
 
@@ -174,15 +167,7 @@ def text_fingerprint(model: nn.Module) -> str | None:
     """
     weights = model.state_dict().items()
     text = [(name, tensor) for name, tensor in weights if name.startswith(("text_model.", "text_projection."))]
-    return _hash("text", text) if text else None
-
-
-def _hash(head: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    found = hashlib.sha256(head.encode())
-    for name, tensor in sorted(tensors):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+    return tensor_fingerprint("text", text) if text else None
 
 
 def total_bytes(files: Mapping[str, Mapping[str, Any]], stem: str) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from hf_opentrans._fingerprints import model_fingerprint
 from hf_opentrans.benchmark_evaluation import EvaluationRow
 from hf_opentrans.benchmarks import LatencyRow
-from hf_opentrans.evaluation_runs import model_fingerprint
 from hf_opentrans.loading import load_segmenter
 from hf_opentrans.models.auto_segmentation import SEGMENTERS
 from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig

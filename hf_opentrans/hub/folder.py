@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from hf_opentrans._files import check_output_folder, write_folder
+from hf_opentrans._safety import FLOATS
 from hf_opentrans.benchmark_evaluation import EVAL_RESULTS_FOLDER, write_eval_results
 from hf_opentrans.loading import load_segmenter
 from hf_opentrans.models.configuration_sparse_clip import SparseCLIPConfig
@@ -36,7 +37,6 @@ MARKER = ".hf-opentrans"  # of a folder that `prepare_folder` wrote; it is not p
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt")  # their entries are no paths
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _NAME_KEYS = ("_name_or_path", "name_or_path")
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def _tensor_types(folder: Path) -> Iterator[tuple[str, torch.dtype]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
-                if (kind := opened.get_slice(name).get_dtype()) in _FLOATS:
-                    yield name, _FLOATS[kind]
+                if (kind := opened.get_slice(name).get_dtype()) in FLOATS:
+                    yield name, FLOATS[kind]
 
 
 def _check_weights(folder: Path) -> None:

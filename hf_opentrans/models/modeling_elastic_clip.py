@@ -28,6 +28,7 @@ from .configuration_elastic_clip import (
 )
 from .configuration_sparse_clip import SparseCLIPConfig, SparseCLIPVisionConfig
 from .modeling_dense_clip import DenseCLIPForSegmentation
+from .modeling_open_vocabulary import HUB_OPTIONS, PER_FILE_KEYS
 from .modeling_sparse_clip import (
     SparseCLIPEncoderLayer,
     SparseCLIPModel,
@@ -40,23 +41,13 @@ WEIGHTS = "model.safetensors"
 PREFIX = "elastic"
 LARGEST_CODE = 127  # of int8
 # Keys of a configuration that belong to one kind of model or one saved model.
-_PER_FILE_KEYS = (
-    "model_type",
-    "architectures",
-    "auto_map",
-    "custom_pipelines",
-    "transformers_version",
-    "_name_or_path",
-)
-_PER_FILE_KEYS += ("elastic_budgets",)
+_PER_FILE_KEYS = (*PER_FILE_KEYS, "elastic_budgets")
 # Linear layers whose rows (or columns) belong to units, and what the units are: positions in a layer's `WIDTHS`.
 _QUERIES, _VALUES, _NEURONS = (0, 1), (0, 2), (3, None)
 _ROWS = {"self_attn.q_proj": _QUERIES, "self_attn.k_proj": _QUERIES, "self_attn.v_proj": _VALUES, "mlp.fc1": _NEURONS}
 _COLUMNS = {"self_attn.out_proj": _VALUES, "mlp.fc2": _NEURONS}
-# What says which files of a repository are meant.
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Options of `from_pretrained` that one budget alone understands, or that the Auto classes pass on for themselves.
-_OPTIONS = {*_HUB_OPTIONS, "config", "dtype", "torch_dtype", "attn_implementation", "use_safetensors"}
+_OPTIONS = {*HUB_OPTIONS, "config", "dtype", "torch_dtype", "attn_implementation", "use_safetensors"}
 _OPTIONS |= {"trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash"}
 
 
@@ -260,7 +251,7 @@ class ElasticMixin(_Base):
             ValueError: If there is no such budget, or the file is damaged.
             TypeError: If an option cannot be used with `budget`.
         """
-        source = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        source = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         if budget is not None:
             return cls._load_alone(pretrained_model_name_or_path, budget, source, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # pyright: ignore[reportGeneralTypeIssues]

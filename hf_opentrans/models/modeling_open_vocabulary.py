@@ -42,7 +42,7 @@ CUSTOM_PIPELINES = {
     }
 }
 # Keys of a configuration that belong to one saved model, not to the architecture.
-_PER_FILE_KEYS = (
+PER_FILE_KEYS = (
     "model_type",
     "architectures",
     "auto_map",
@@ -51,7 +51,7 @@ _PER_FILE_KEYS = (
     "_name_or_path",
 )
 # What says which files of a repository are meant.
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _FINGERPRINT_VALUES = 64  # of every weight
 NEIGHBOUR_SIGMA = 5.0  # patches; NACLIP's published width of the Gaussian
 # Which of queries, keys and values of the last block a mode reads.
@@ -103,8 +103,8 @@ class OpenVocabularyModel(SparseCLIPModel):
             ValueError: If a tensor is missing or has the wrong shape, or the vocabulary is damaged.
         """
         if type(kwargs.get("config")) is CLIPConfig:  # AutoModelForSemanticSegmentation read a stock CLIP
-            kwargs["config"] = cls.config_class(**_without(kwargs["config"].to_dict(), _PER_FILE_KEYS))  # pyright: ignore[reportOptionalCall]
-        source = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            kwargs["config"] = cls.config_class(**_without(kwargs["config"].to_dict(), PER_FILE_KEYS))  # pyright: ignore[reportOptionalCall]
+        source = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._set_trainable()
@@ -140,7 +140,7 @@ class OpenVocabularyModel(SparseCLIPModel):
         Raises:
             ValueError: If the weights do not fit.
         """
-        values, foreign = clip.config.to_dict(), set(_PER_FILE_KEYS)
+        values, foreign = clip.config.to_dict(), set(PER_FILE_KEYS)
         if type(clip.config) is not cls.config_class:  # another head may have options of the same name
             own, shared = (
                 {item.name for item in fields(cast("Any", kind))} for kind in (type(clip.config), SparseCLIPConfig)

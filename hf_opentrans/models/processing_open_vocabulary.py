@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
 from .image_loading import ImageInput, as_list, load_rgb
-from .modeling_open_vocabulary import OpenVocabularySegmenterOutput
+from .modeling_open_vocabulary import HUB_OPTIONS, OpenVocabularySegmenterOutput
 from .segmentation_result import UNLABELLED, SegmentationResult
 from .vocabulary import BACKGROUND_NAME, Vocabulary
 
@@ -23,7 +23,7 @@ ALIAS_REDUCES = ("max_prob", "max_logit")
 # Bytes that `upsampled_argmax` holds per compared value: the value, where it is the best, its index, and room.
 _BYTES_PER_VALUE = 16
 # What says which files of a repository are meant.
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_HUB_OPTIONS = (*HUB_OPTIONS, "proxies")
 
 
 class OpenVocabularyProcessor(CLIPProcessor):

@@ -22,6 +22,7 @@ from hf_opentrans.models.modeling_elastic_clip import (
     places_of,
     stored_names,
 )
+from hf_opentrans.models.modeling_open_vocabulary import PER_FILE_KEYS
 
 from .allocation import Budget
 from .calibration import Calibration, draw_images, list_images, load_calibration, prepare_images, walk_layers
@@ -48,7 +49,6 @@ _KINDS = (
     ElasticCLIPVisionModelWithProjection,
     ElasticCLIPVisionModel,
 )
-_PER_FILE_KEYS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def make_elastic(towers: Sequence[SparseModel], shares: Sequence[float], layers:
     """
     largest = towers[0]
     kind = next(kind for kind in _KINDS if isinstance(largest, kind.plain_class))
-    values = {key: value for key, value in largest.config.to_dict().items() if key not in _PER_FILE_KEYS}
+    values = {key: value for key, value in largest.config.to_dict().items() if key not in PER_FILE_KEYS}
     entries = [{"budget": share, "layers": widths} for share, widths in zip(shares, layers, strict=True)]
     vision = cast("Any", values_at(Tower.of(largest).vision.config, entries[0]))
     values |= {"vision_config": vision} if "vision_config" in values else vision

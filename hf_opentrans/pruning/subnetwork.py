@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from hf_opentrans._checks import check_finite
 from hf_opentrans._files import write_folder
-from hf_opentrans._safety import read_headers, read_object
+from hf_opentrans._safety import FLOATS, read_headers, read_object
 from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModel, SparseCLIPVisionModelWithProjection
 
@@ -52,7 +52,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "source_samples": (dict,),
 }
 _OPTIONAL = ("source_samples",)  # older versions wrote none
-_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -352,8 +351,8 @@ def _read_tensors(folder: Path, plan: PruningPlan, vision_config: dict[str, Any]
         raise _damaged(path, f"is cut short or no safetensors file ({err})") from err
     found = {name: entry.shape for name, entry in stored.items()}
     kinds = {entry.dtype for entry in stored.values()}
-    if not kinds <= set(_FLOATS):
-        raise _damaged(path, f"holds numbers of the kinds {sorted(kinds)}, not only of {', '.join(_FLOATS)}")
+    if not kinds <= set(FLOATS):
+        raise _damaged(path, f"holds numbers of the kinds {sorted(kinds)}, not only of {', '.join(FLOATS)}")
     expected = _expected_shapes(folder / JSON_FILE, plan, vision_config, PROJECTION in found)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
