@@ -11,10 +11,19 @@ from typing import Any
 from hf_opentrans.benchmark_claims import claim_text
 from hf_opentrans.benchmark_cold_start import ColdStart, cold_start_notes, cold_start_table
 from hf_opentrans.benchmark_cuts import CutRow, cuts_notes, cuts_table
+from hf_opentrans.benchmark_elastic import ElasticRow, files_of, timings_of
+from hf_opentrans.benchmark_elastic_tables import elastic_notes, elastic_table, timing_note, timing_table
 from hf_opentrans.benchmark_metric import MetricRow, metric_notes, metric_table
 from hf_opentrans.benchmark_recovery_tables import RecoveryRow, recovery_notes, recovery_table
+from hf_opentrans.benchmark_runtime_plan import RuntimeRow
+from hf_opentrans.benchmark_runtime_tables import runtime_notes, runtime_table
 from hf_opentrans.benchmark_scale import ScaleRow, scale_table
 from hf_opentrans.benchmark_selection_tables import SelectionRow, StepTiming, selection_notes, selection_table
+from hf_opentrans.benchmark_semi_structured import (
+    SemiStructuredRow,
+    semi_structured_notes,
+    semi_structured_table,
+)
 from hf_opentrans.benchmark_spectra import SpectraRow, spectra_table
 from hf_opentrans.benchmark_transfer_tables import (
     TransferRow,
@@ -176,36 +185,77 @@ def result_table(values: dict[str, Any]) -> str:
 
 
 def _table_of_rows(values: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[Table, list[str]]:
-    notes: list[str] = []
-    if "rule" in rows[0]:
-        runs = [SelectionRow(**row) for row in rows]
-        timings = [StepTiming(**timing) for timing in values["timings"]]
-        table, notes = selection_table(runs, timings), selection_notes(runs, values["settings"])
-    elif "times_faster" in rows[0]:
-        metrics = [MetricRow(**row) for row in rows]
-        table, notes = metric_table(metrics), metric_notes(metrics, values["settings"])
-    elif "over_eigenvalues" in rows[0]:
-        table = spectra_table([SpectraRow(**row) for row in rows])
-    elif "rebuild_seconds" in rows[0]:
-        table = scale_table([ScaleRow(**row) for row in rows])
-    elif "distill_seconds" in rows[0]:
-        recovered = [RecoveryRow(**row) for row in rows]
-        table, notes = recovery_table(recovered), recovery_notes(recovered)
-    elif "framework" in rows[0]:
-        moved = [TransferRow(**row) for row in rows]
-        table = transfer_table(moved, [TransferTiming(**timing) for timing in values["timings"]])
-        notes = [*transfer_notes(moved, values["settings"]), markdown_table(claim_table(moved))]
-    elif "method" in rows[0]:
-        methods = [MethodRow(**row) for row in rows]
-        table, notes = method_table(methods), method_notes(methods, values.get("skipped", ()))
-    elif "ms_before" in rows[0]:
-        cuts = [CutRow(**row) for row in rows]
-        table, notes = cuts_table(cuts), cuts_notes(cuts)
-    elif "speed_up" in rows[0]:
-        table = latency_table([LatencyRow(**row) for row in rows])
-    else:
-        raise ValueError("The file holds no rows of a benchmark. Write it with `hf-opentrans benchmark ... --json`.")
-    return table, notes
+    for field, build in _TABLES.items():
+        if field in rows[0]:
+            return build(rows, values)
+    raise ValueError("The file holds no rows of a benchmark. Write it with `hf-opentrans benchmark ... --json`.")
+
+
+def _of_selection(rows: list[dict[str, Any]], values: dict[str, Any]) -> tuple[Table, list[str]]:
+    runs = [SelectionRow(**row) for row in rows]
+    timings = [StepTiming(**timing) for timing in values["timings"]]
+    return selection_table(runs, timings), selection_notes(runs, values["settings"])
+
+
+def _of_metric(rows: list[dict[str, Any]], values: dict[str, Any]) -> tuple[Table, list[str]]:
+    metrics = [MetricRow(**row) for row in rows]
+    return metric_table(metrics), metric_notes(metrics, values["settings"])
+
+
+def _of_recovery(rows: list[dict[str, Any]], _: dict[str, Any]) -> tuple[Table, list[str]]:
+    recovered = [RecoveryRow(**row) for row in rows]
+    return recovery_table(recovered), recovery_notes(recovered)
+
+
+def _of_transfer(rows: list[dict[str, Any]], values: dict[str, Any]) -> tuple[Table, list[str]]:
+    moved = [TransferRow(**row) for row in rows]
+    table = transfer_table(moved, [TransferTiming(**timing) for timing in values["timings"]])
+    return table, [*transfer_notes(moved, values["settings"]), markdown_table(claim_table(moved))]
+
+
+def _of_methods(rows: list[dict[str, Any]], values: dict[str, Any]) -> tuple[Table, list[str]]:
+    methods = [MethodRow(**row) for row in rows]
+    return method_table(methods), method_notes(methods, values.get("skipped", ()))
+
+
+def _of_cuts(rows: list[dict[str, Any]], _: dict[str, Any]) -> tuple[Table, list[str]]:
+    cuts = [CutRow(**row) for row in rows]
+    return cuts_table(cuts), cuts_notes(cuts)
+
+
+def _of_runtimes(rows: list[dict[str, Any]], values: dict[str, Any]) -> tuple[Table, list[str]]:
+    found = [RuntimeRow(**row) for row in rows]
+    return runtime_table(found), runtime_notes(found, values)
+
+
+def _of_sparsity(rows: list[dict[str, Any]], _: dict[str, Any]) -> tuple[Table, list[str]]:
+    found = [SemiStructuredRow(**row) for row in rows]
+    return semi_structured_table(found), semi_structured_notes(found)
+
+
+def _of_elastic(rows: list[dict[str, Any]], values: dict[str, Any]) -> tuple[Table, list[str]]:
+    found, timings = [ElasticRow(**row) for row in rows], timings_of(values)
+    notes = elastic_notes(found, files_of(values), values["settings"])
+    if timings:
+        notes += [markdown_table(timing_table(timings)), timing_note(timings)]
+    return elastic_table(found), notes
+
+
+# By a field that only the rows of one benchmark have; the first that fits.
+_TABLES: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], tuple[Table, list[str]]]] = {
+    "rule": _of_selection,
+    "times_faster": _of_metric,
+    "over_eigenvalues": lambda rows, _: (spectra_table([SpectraRow(**row) for row in rows]), []),
+    "rebuild_seconds": lambda rows, _: (scale_table([ScaleRow(**row) for row in rows]), []),
+    "distill_seconds": _of_recovery,
+    "framework": _of_transfer,
+    "method": _of_methods,
+    "bytes_added": _of_elastic,
+    "runtime": _of_runtimes,
+    "sparsity": _of_sparsity,
+    "ms_before": _of_cuts,
+    "speed_up": lambda rows, _: (latency_table([LatencyRow(**row) for row in rows]), []),
+}
 
 
 def method_notes(rows: Sequence[MethodRow], skipped: Sequence[dict[str, Any]] = ()) -> list[str]:

@@ -34,6 +34,7 @@ from hf_opentrans._safety import (
 )
 from hf_opentrans.models.auto_segmentation import SEGMENTERS
 from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig
+from hf_opentrans.models.configuration_elastic_clip import ElasticCLIPConfig, ElasticCLIPVisionConfig
 from hf_opentrans.models.configuration_sparse_clip import (
     CLIP_MODEL_TYPES,
     VISION_MODEL_TYPES,
@@ -41,6 +42,14 @@ from hf_opentrans.models.configuration_sparse_clip import (
 )
 from hf_opentrans.models.modeling_clip_resnet import CLIPResNetVisionModel
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
+from hf_opentrans.models.modeling_elastic_clip import (
+    PREFIX,
+    ElasticCLIPForSegmentation,
+    ElasticCLIPModel,
+    ElasticCLIPVisionModel,
+    ElasticCLIPVisionModelWithProjection,
+    ElasticMixin,
+)
 from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel, SparseCLIPVisionModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModelWithProjection as WithProjection
@@ -50,6 +59,15 @@ EMBEDDED_MODEL = "clip-scenes"
 # Of all loading here: safetensors alone, and no code of the folder.
 SAFE = {"use_safetensors": True, "trust_remote_code": False}
 MOST_PIXELS = 2**14  # side of the images that a processor may ask for
+WHOLE_TYPES = (*CLIP_MODEL_TYPES, ElasticCLIPConfig.model_type)  # with both towers
+TOWER_TYPES = (*VISION_MODEL_TYPES, ElasticCLIPVisionConfig.model_type)
+# Classes by the plain one of their kind, for checkpoints of several budgets.
+_ELASTIC: dict[Any, type[ElasticMixin]] = {
+    DenseCLIPForSegmentation: ElasticCLIPForSegmentation,
+    SparseCLIPModel: ElasticCLIPModel,
+    SparseCLIPVisionModel: ElasticCLIPVisionModel,
+    WithProjection: ElasticCLIPVisionModelWithProjection,
+}
 
 
 @dataclass(frozen=True)
@@ -92,32 +110,39 @@ def embedded_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(name for name in listed["seen"] if name not in listed["textures"]), tuple(listed["textures"])
 
 
-def load_clip(name: str | Path, *, revision: str | None = None) -> Loaded:
+def load_clip(name: str | Path, *, revision: str | None = None, budget: float | None = None) -> Loaded:
     """Load any CLIP with a vision tower, as the sparse class of its kind, with its processor.
 
     Args:
         name: A folder, a Hub id, or "clip-scenes".
         revision: Commit, tag or branch on the Hub.
+        budget: Of a checkpoint of several budgets the one to load, as a plain pruned model. Defaults to all of them,
+            with the largest set.
 
     Raises:
         FileNotFoundError: If there is no such folder or model.
-        ValueError: If it is no CLIP, or its files are damaged.
+        ValueError: If it is no CLIP, it has no such budget, or its files are damaged.
     """
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
         revision = _commit_of(path, revision) or revision  # all files of one commit, and it is asked for once
         model_type, architectures = _kind(path, revision)
-        if model_type in CLIP_MODEL_TYPES:
-            is_segmenter = DenseCLIPForSegmentation.__name__ in architectures
-            target = DenseCLIPForSegmentation if is_segmenter else SparseCLIPModel
-        elif any("WithProjection" in architecture for architecture in architectures):
-            target = WithProjection
-        else:
-            target = SparseCLIPVisionModel
-        model, disk_dtype = _load_checked(target, path, revision)
+        target = _class_of_kind(model_type, architectures)
+        model, disk_dtype = _load_checked(target, path, revision, budget)
         model.loaded_revision = revision
-        processor = load_processor(path, revision=revision, text=model_type in CLIP_MODEL_TYPES)
+        processor = load_processor(path, revision=revision, text=model_type in WHOLE_TYPES)
     return Loaded(model, processor, path, disk_dtype)
+
+
+def _class_of_kind(model_type: str, architectures: list[str]) -> Any:
+    if model_type in WHOLE_TYPES:
+        is_segmenter = any(name.endswith("CLIPForSegmentation") for name in architectures)
+        plain: Any = DenseCLIPForSegmentation if is_segmenter else SparseCLIPModel
+    else:
+        has_projection = any("WithProjection" in architecture for architecture in architectures)
+        plain = WithProjection if has_projection else SparseCLIPVisionModel
+    is_elastic = model_type in (ElasticCLIPConfig.model_type, ElasticCLIPVisionConfig.model_type)
+    return _ELASTIC[plain] if is_elastic else plain
 
 
 @dataclass(frozen=True)
@@ -178,22 +203,27 @@ def load_any(
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
         values = _config_values(path, revision)
-        if str(values.get("model_type")) in (*CLIP_MODEL_TYPES, *VISION_MODEL_TYPES):
+        if str(values.get("model_type")) in (*WHOLE_TYPES, *TOWER_TYPES):
             loaded = load_clip(path, revision=revision)
             return cast("Any", loaded.model).to(dtype or loaded.disk_dtype)
         return _load_foreign(values, path, revision, dtype)
 
 
 def load_segmenter(
-    name: str | Path, *, revision: str | None = None
+    name: str | Path, *, revision: str | None = None, budget: float | None = None
 ) -> tuple[OpenVocabularyModel, OpenVocabularyProcessor]:
     """Load a trained segmenter, or any CLIP folder or Hub id as a training-free one, with its processor.
 
+    Args:
+        name: A folder, a Hub id, or "clip-scenes".
+        revision: Commit, tag or branch on the Hub.
+        budget: See `load_clip`.
+
     Raises:
         FileNotFoundError: If there is no such folder or model.
-        ValueError: If it has no text tower, is no CLIP, or its files are damaged.
+        ValueError: If it has no text tower, is no CLIP, has no such budget, or its files are damaged.
     """
-    return _load_segmenter(None, name, revision)
+    return _load_segmenter(None, name, revision, budget)
 
 
 def load_dense_clip(
@@ -204,7 +234,7 @@ def load_dense_clip(
 
 
 def _load_segmenter(
-    kind: type[OpenVocabularyModel] | None, name: str | Path, revision: str | None
+    kind: type[OpenVocabularyModel] | None, name: str | Path, revision: str | None, budget: float | None = None
 ) -> tuple[Any, OpenVocabularyProcessor]:
     path = resolve_model(name)
     with _clear_errors(path), quiet_transformers():
@@ -216,7 +246,7 @@ def _load_segmenter(
                 f"{', '.join(SEGMENTERS)}. Give a CLIP model with both towers, or a segmenter that this "
                 "package trained."
             )
-        model, _ = _load_checked(target, path, revision)
+        model, _ = _load_checked(target, path, revision, budget)
         processor = _load_processor(OpenVocabularyProcessor, path, revision)
     return model, processor
 
@@ -259,9 +289,18 @@ def _commit_of(path: str, revision: str | None) -> str | None:
     return extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
 
 
-def _load_checked(target: Any, path: str, revision: str | None) -> tuple[Any, torch.dtype]:
+def _load_checked(
+    target: Any, path: str, revision: str | None, budget: float | None = None
+) -> tuple[Any, torch.dtype]:
     """Load a class of ours in float32 once its weights fit its configuration; return the files' precision, too."""
-    _config_values(path, revision)
+    values = _config_values(path, revision)
+    has_budgets = target in _ELASTIC.values()
+    if budget is not None and not has_budgets:
+        raise ValueError(
+            f"budget is {budget!r}, and {path!r} holds one model of type {values.get('model_type')!r}. Only a "
+            "checkpoint that `prune-elastic` wrote has budgets to choose from. Leave the budget out, or give such a "
+            "checkpoint."
+        )
     stored = read_headers(weight_files(path, revision))
     with _config_errors(path):
         config = target.config_class.from_pretrained(path, revision=revision or "main")
@@ -269,10 +308,13 @@ def _load_checked(target: Any, path: str, revision: str | None) -> tuple[Any, to
     prefixes = ("vision_model.", "clip.vision_model.") if target is SparseCLIPVisionModel else ("clip.",)
     ignored = target._keys_to_ignore_on_load_unexpected or ()
     check_fits(skeleton, stored, path, prefixes=prefixes, ignored=ignored)
-    options = {"revision": revision or "main", "dtype": torch.float32, **SAFE}
+    options: dict[str, Any] = {"revision": revision or "main", "dtype": torch.float32, **SAFE}
+    if has_budgets:
+        options["budget"] = budget
     model = target.from_pretrained(path, **options).eval()
     check_finite(model.state_dict())
-    return model, next((FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in FLOATS), torch.float32)
+    own = (tensor.dtype for name, tensor in stored.items() if not name.startswith(f"{PREFIX}."))
+    return model, next((FLOATS[kind] for kind in own if kind in FLOATS), torch.float32)
 
 
 def _load_foreign(
@@ -369,7 +411,9 @@ def _first_line(err: BaseException) -> str:
 
 def _kind(path: str, revision: str | None) -> tuple[str, list[str]]:
     """Read model type and architectures of a checkpoint, and refuse what is no CLIP."""
-    _config_values(path, revision)
+    values = _config_values(path, revision)
+    if values.get("model_type") in (ElasticCLIPConfig.model_type, ElasticCLIPVisionConfig.model_type):
+        return str(values["model_type"]), values.get("architectures") or []
     config, _ = SparseCLIPVisionConfig.get_config_dict(path, revision=revision)
     is_whole = "vision_config" in config
     return (CLIP_MODEL_TYPES if is_whole else VISION_MODEL_TYPES)[0], config.get("architectures") or []

@@ -20,7 +20,8 @@ from hf_opentrans.benchmarks import environment
 USAGE_EXIT, FAILURE_EXIT, INTERRUPTED_EXIT = 2, 1, 130
 # Options that take several values: `--keep 0.7 0.5` is `--keep 0.7 --keep 0.5`.
 SEVERAL = {"--benchmark", "--frameworks", "--keep", "--methods", "--batch", "--models", "--rules", "--runs", "--set"}
-SEVERAL |= {"--budgets", "--data", "--evaluation", "--resolutions"}
+SEVERAL |= {"--budgets", "--data", "--evaluation", "--precision", "--resolution", "--resolutions", "--runtimes"}
+SEVERAL |= {"--structures"}
 
 app = typer.Typer(
     help="Prune a CLIP image encoder once, without labels; segment by text; save it; load it anywhere.",
@@ -38,7 +39,8 @@ LIST_ITEM = "\n  - "
 
 def repeat_options(arguments: list[str]) -> list[str]:
     """Rewrite `benchmark ... --keep 0.7 0.5` as repeated options, the only form that the parser knows."""
-    if arguments[:1] not in (["autotune"], ["benchmark"], ["card"], ["evaluate"], ["prune-elastic"], ["push"]):
+    several = ("autotune", "benchmark", "card", "evaluate", "prune-elastic", "push", "sparsify")
+    if not arguments or arguments[0] not in several:
         return arguments
     result: list[str] = []
     current: str | None = None

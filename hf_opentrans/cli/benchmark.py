@@ -1,4 +1,4 @@
-"""The commands `benchmark pruning` and `benchmark latency`."""
+"""The commands `benchmark pruning`, `benchmark scale` and `benchmark tables`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from rich.markup import escape
 
@@ -20,15 +19,14 @@ from hf_opentrans.benchmark_pruning import (
 )
 from hf_opentrans.benchmark_rows import fingerprint
 from hf_opentrans.benchmark_scale import SCALE_RUNS, SIZES, ScaleFile, parse_run, run_scale, scale_table
-from hf_opentrans.benchmark_tables import COST, QUALITY, fill_tables, latency_table, method_notes, method_table
-from hf_opentrans.benchmarks import BenchmarkData, paired_latency, synthetic_towers
-from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, shows_progress, usage
+from hf_opentrans.benchmark_tables import COST, QUALITY, fill_tables, method_notes, method_table
+from hf_opentrans.benchmarks import BenchmarkData
+from hf_opentrans.cli._common import app, command_line, err, guarded, out, show_table, shows_progress, usage
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.evaluation import folder_samples
-from hf_opentrans.loading import load_clip, load_dense_clip
+from hf_opentrans.loading import load_dense_clip
 from hf_opentrans.pruning.calibration import list_images
 from hf_opentrans.pruning.plan import METHODS, PruningConfig
-from hf_opentrans.pruning.tower import Tower
 
 benchmark_app = typer.Typer(help="Comparisons in one harness.", no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark")
@@ -152,36 +150,6 @@ def _classification(path: Path | None) -> dict[str, Any]:
         images, labels = [image for image, _ in found], [index for _, index in found]
     names = [name.replace("_", " ") for name in names]
     return {"classification": images, "classification_targets": labels, "classification_names": names}
-
-
-@benchmark_app.command("latency")
-@guarded
-def benchmark_latency(
-    models: Annotated[
-        list[str] | None,
-        typer.Option(help="Models, the reference first; default: a random ViT-B/16 tower, dense and sliced."),
-    ] = None,
-    keep: Annotated[list[float], typer.Option(help="Share of the MACs of the sliced default tower.")] = [0.65],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes.")] = [1, 8],  # noqa: B006
-    resolution: Annotated[int | None, typer.Option(min=16, help="Side in pixels; default: image_size.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Counted rounds.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: all.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
-) -> None:
-    """Time vision towers in paired, interleaved runs. Nothing else should run meanwhile."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    towers: dict[str, Any] = {}
-    if models:
-        towers = {name: Tower.of(load_clip(name).model).vision for name in models}
-    else:
-        for value in keep:
-            with usage():
-                PruningConfig(keep=value)
-            towers |= synthetic_towers(value, resolution=resolution or 224)
-    rows = [r for size in batch for r in paired_latency(towers, batch_size=size, resolution=resolution, rounds=rounds)]
-    show_table(latency_table(rows), title="Vision tower, paired interleaved runs")
-    save_json(json_file, command_line(), {"seed": 0, "rows": [row.to_dict() for row in rows]})
 
 
 @benchmark_app.command("scale")

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -27,9 +27,11 @@ from hf_opentrans.cli._common import (
 )
 from hf_opentrans.data.scenes import SceneGenerator, write_scenes
 from hf_opentrans.demo import run_demo
-from hf_opentrans.loading import LoadedResNet, embedded_names, load_clip, load_clip_resnet, load_segmenter
-from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
+from hf_opentrans.loading import Loaded, LoadedResNet, embedded_names, load_clip, load_clip_resnet, load_segmenter
+from hf_opentrans.models.configuration_elastic_clip import values_at
+from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES, SparseCLIPVisionConfig
 from hf_opentrans.models.image_loading import load_rgb
+from hf_opentrans.models.modeling_elastic_clip import ElasticMixin
 from hf_opentrans.models.segmentation_result import SegmentationResult
 from hf_opentrans.models.segmenting import segment as segment_images
 from hf_opentrans.models.vocabulary import Vocabulary
@@ -40,7 +42,7 @@ from hf_opentrans.pruning.channels import (
     prune_channels,
 )
 from hf_opentrans.pruning.latency import LatencyTable
-from hf_opentrans.pruning.macs import TowerCost, layer_widths
+from hf_opentrans.pruning.macs import LayerWidths, TowerCost, layer_widths
 from hf_opentrans.pruning.plan import METHODS, SEARCHES, SOLVERS, UNITS, PruningConfig
 from hf_opentrans.pruning.prune import make_budget, prune_model
 from hf_opentrans.pruning.report import REPORT_FILE, PruningReport
@@ -58,6 +60,10 @@ Method = Annotated[
 Structures = Annotated[str, typer.Option(help="What obs may reduce, of mlp,heads,ranks (widths inside heads).")]
 TableFile = Annotated[Path | None, typer.Option(help="File of `latency-table`; needed for --unit latency.")]
 Inference = Annotated[str, typer.Option(help="whole | slide (overlapping windows).")]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option("--budget", help="Of a checkpoint of several budgets, which; default: the largest."),
+]
 # Fields of `LayerWidths` and the configuration's key for the dense value.
 _WIDTHS = {
     "heads": "num_attention_heads",
@@ -247,6 +253,7 @@ def segment(
     resolution: Resolution = None,
     threshold: Annotated[float | None, typer.Option(help="Leave pixels below this probability unlabelled.")] = None,
     templates: Annotated[str | None, typer.Option(help="Prompt templates: plain, photo, vild14, imagenet80.")] = None,
+    budget: BudgetOption = None,
     json_file: JsonFile = None,
 ) -> None:
     """Segment images by free text: an overlay with legend and a mask of class indices for each."""
@@ -255,7 +262,7 @@ def segment(
     with usage():
         Vocabulary.parse(labels)  # before the model is loaded
     loaded = [load_rgb(path) for path in images]  # all of them before the work starts
-    segmenter, processor = load_segmenter(model)
+    segmenter, processor = load_segmenter(model, budget=budget)
     with usage():
         vocabulary = Vocabulary.parse(labels, templates=templates or segmenter.config.segmentation_templates)
     results = segment_images(
@@ -271,10 +278,20 @@ def segment(
     names = _unique_stems(images)
     entries = _write_segmentations(output, names, images, results)
     values = {"model": model, "mode": mode or segmenter.config.segmentation_mode, "inference": inference}
+    values |= {"budget": say_budget(segmenter) if budget is None else budget}
     save_json(json_file, command_line(), {**values, "labels": list(vocabulary.names), "seed": None, "images": entries})
     for name, entry in zip(names, entries, strict=True):
         shares = ", ".join(f"{label} {share:.0%}" for label, share in list(entry["area"].items())[:6])
         out.print(f"{output / (name + '.overlay.png')}: {shares or 'nothing passed the threshold'}")
+
+
+def say_budget(model: Any) -> float | None:
+    """Say which budget of a checkpoint of several is set, and return it; None for other models."""
+    if not isinstance(model, ElasticMixin):
+        return None
+    others = ", ".join(f"{budget:g}" for budget in model.budgets)
+    out.print(f"Budget {model.budget:g} of {others}: choose with --budget.", highlight=False)
+    return model.budget
 
 
 def _check_choices(mode: str | None, inference: str, threshold: float | None = None) -> None:
@@ -338,6 +355,43 @@ def _weight_bytes(folder: Path) -> int | None:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else None
 
 
+def _budgets(loaded: Loaded, cost: TowerCost) -> list[dict[str, Any]]:
+    """Return widths, MACs, parameters and bytes of every budget of a checkpoint; nothing for other models."""
+    model = loaded.model
+    if not isinstance(model, ElasticMixin):
+        return []
+    config, found = Tower.of(model).vision.config, []
+    for index, entry in enumerate(cast("Any", model.config).elastic_budgets):
+        values = {name: value for name, value in values_at(config, entry).items() if name != "elastic_budgets"}
+        widths = layer_widths(SparseCLIPVisionConfig(**values))
+        totals = {unit: cost.total(unit, widths) for unit in _COUNTED}
+        size = {"bytes_alone": totals["params"] * loaded.disk_dtype.itemsize, "bytes_added": model.added_bytes(index)}
+        found.append({"budget": entry["budget"], "layers": widths, **totals, **size})
+    return found
+
+
+def _budget_table(
+    budgets: list[dict[str, Any]], dense: tuple[LayerWidths, ...], dense_macs: int
+) -> tuple[list[str], list[list[str]]]:
+    header = ["budget", "heads", "q, k widths", "v widths", "neurons", "MACs", "share", "parameters", "alone", "adds"]
+    cells = []
+    for entry in budgets:
+        layers: tuple[LayerWidths, ...] = entry["layers"]
+        line = [f"{entry['budget']:g}", f"{sum(w.heads for w in layers)}/{sum(w.heads for w in dense)}"]
+        for name in ("qk_head_dim", "v_head_dim"):
+            inner = [getattr(w, name) for w in layers if w.heads] or [0]
+            line.append(str(min(inner)) if min(inner) == max(inner) else f"{min(inner)}-{max(inner)}")
+        line.append(f"{sum(w.neurons for w in layers)}/{sum(w.neurons for w in dense)}")
+        line += [
+            f"{entry['macs'] / 1e6:,.2f} M",
+            f"{entry['macs'] / dense_macs:.1%}",
+            f"{entry['params'] / 1e6:,.2f} M",
+        ]
+        line += [f"{entry[name] / 1e6:,.2f} MB" for name in ("bytes_alone", "bytes_added")]
+        cells.append(line)
+    return header, cells
+
+
 @app.command()
 @guarded
 def info(model: Model, resolution: Resolution = None, json_file: JsonFile = None) -> None:
@@ -364,9 +418,13 @@ def info(model: Model, resolution: Resolution = None, json_file: JsonFile = None
         for unit, t in totals.items()
     ]
     show_table((["vision tower", "dense", "now", "share"], cells))
+    budgets = _budgets(loaded, cost)
+    if budgets:
+        show_table(_budget_table(budgets, tuple(dense), totals["macs"]["dense"]), title="budgets of this checkpoint")
     if size is not None:
         out.print(f"Weights on disk (all towers): {size / 1e6:,.1f} MB")
     values = {"model": model, "resolution": side, "vision_tower": totals, "bytes": size, "seed": None}
+    values |= {"budgets": [{**entry, "layers": [asdict(w) for w in entry["layers"]]} for entry in budgets]}
     layers = [{name: getattr(width, name) for name in _WIDTHS} for width in now]
     save_json(json_file, command_line(), {**values, "layers": layers, "pruning": config.pruning_config})
 

@@ -22,7 +22,7 @@ from hf_opentrans.benchmark_evaluation import (
     write_text,
 )
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, show_table, shows_progress, usage
-from hf_opentrans.cli.commands import Mode, Resolution
+from hf_opentrans.cli.commands import BudgetOption, Mode, Resolution, say_budget
 from hf_opentrans.data.benchmarks import BENCHMARKS, find_benchmark, open_benchmark
 from hf_opentrans.data.folder import SegmentationData, SegmentationFolder
 from hf_opentrans.evaluation_protocols import PROTOCOLS, Protocol, find_protocol, knobs_of_text
@@ -55,6 +55,7 @@ def evaluate(
         typer.Option("--set", help="Other knobs of the protocol, KNOB=VALUE: threshold=0.3 templates=imagenet80 ..."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of each.")] = None,
+    budget: BudgetOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every figure here after every row; go on from it.")
     ] = None,
@@ -85,14 +86,23 @@ def evaluate(
     wait_for_all()  # nobody writes before all have read
     rows = []
     for model in dict.fromkeys(models):
-        parts: Parts = load_segmenter(model)
-        parts[0].to(_device())
-        with usage():
-            chosen.check_model(parts[0])
-        rows += [_row(model, parts, name, data[name], chosen, limit, results) for name in data]
+        parts = _load(model, budget, chosen)
+        shown = model if budget is None else f"{model} at budget {budget:g}"
+        rows += [_row(shown, parts, name, data[name], chosen, limit, results) for name in data]
     if is_main_process():
         _show(rows, markdown, eval_results, {name: _hub_id(part) for name, part in data.items()})
         results.save(at_end=True)
+
+
+def _load(name: str, budget: float | None, protocol: Protocol) -> Parts:
+    """Return a segmenter that can follow the protocol, on the device, and its processor."""
+    parts: Parts = load_segmenter(name, budget=budget)
+    parts[0].to(_device())
+    with usage():
+        protocol.check_model(parts[0])
+    if is_main_process():
+        say_budget(parts[0])
+    return parts
 
 
 def _open(

@@ -8,11 +8,12 @@ from rich.markup import escape
 
 from hf_opentrans._files import check_output_folder
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, usage
-from hf_opentrans.cli.commands import JsonFile, Mode
+from hf_opentrans.cli.commands import BudgetOption, JsonFile, Mode, say_budget
 from hf_opentrans.deploy.export import ExportConfig, export_model, load_exportable
 from hf_opentrans.deploy.record import EXPORT_FILE, ExportRecord, text_fingerprint
 from hf_opentrans.deploy.sessions import PRECISIONS
 from hf_opentrans.deploy.vocabularies import ENCODED_SUFFIX, load_vocabulary, read_vocabulary
+from hf_opentrans.models.modeling_elastic_clip import ElasticMixin
 from hf_opentrans.models.vocabulary import Vocabulary
 
 COMPUTES_IN = ("fp32", "bf16")
@@ -45,6 +46,7 @@ def export(
     templates: Annotated[
         str | None, typer.Option(help="Prompt templates of --vocabulary; default: the model's.")
     ] = None,
+    budget: BudgetOption = None,
     json_file: JsonFile = None,
 ) -> None:
     """Export a segmenter or a vision tower, and check that the export still is the model."""
@@ -61,10 +63,11 @@ def export(
             raise ValueError(f"--templates is {templates!r} without --vocabulary. They are for its names. Give both.")
     check_output_folder(output, marker=EXPORT_FILE)
     with err.status("loading") as status:
-        loaded, processor = load_exportable(model)
+        loaded, processor, chosen = _load(model, budget)
+        source = model if chosen is None else f"{model} at budget {chosen:g}"
         with usage():
             names = _vocabulary(vocabulary, templates, loaded)
-        options = {"calibration": calibration, "source": model, "on_stage": status.update}
+        options = {"calibration": calibration, "source": source, "on_stage": status.update}
         record = export_model(loaded, processor, output, config, vocabulary=names, **options)
     height, width = record.image_size
     title = f"{record.source} as {record.format} in {record.precision}, {height} x {width} pixels"
@@ -75,7 +78,16 @@ def export(
     for line in record.folded:
         out.print(f"Folded: {escape(line)}", soft_wrap=True, highlight=False)
     out.print(f"Saved to {escape(str(output))}.", soft_wrap=True, highlight=False)
-    save_json(json_file, command_line(), {"model": model, "seed": None, "export": record.to_dict()})
+    values = {"model": model, "budget": chosen, "seed": None, "export": record.to_dict()}
+    save_json(json_file, command_line(), values)
+
+
+def _load(name: str, budget: float | None) -> tuple[Any, Any, float | None]:
+    """Return a model of one budget, its processor, and the budget: where none was asked for, the one that is set."""
+    loaded, processor = load_exportable(name, budget=budget)
+    if not isinstance(loaded, ElasticMixin):
+        return loaded, processor, budget
+    return loaded.extract(), processor, say_budget(loaded)
 
 
 def _precision(file_format: str, computes_in: str, *, int8: bool, is_static: bool) -> str:

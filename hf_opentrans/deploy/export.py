@@ -13,6 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_opentrans._files import check_output_folder, write_folder, write_json
 from hf_opentrans._fingerprints import model_fingerprint
 from hf_opentrans._optional import require
+from hf_opentrans.deploy.mask_query_graph import (
+    MaskQueriesGraph,
+    dynamic_sizes,
+    ensemble_of,
+    parity_inputs,
+)
 from hf_opentrans.deploy.onnx_runtime import write_onnx
 from hf_opentrans.deploy.openvino_runtime import convert_openvino, import_openvino, write_openvino
 from hf_opentrans.deploy.parity import (
@@ -39,8 +45,8 @@ from hf_opentrans.deploy.sessions import PRECISIONS, Session, open_session
 from hf_opentrans.deploy.tracing import Traced, require_torch, trace
 from hf_opentrans.deploy.vocabularies import vocabulary_to_dict
 from hf_opentrans.deploy.wrappers import PIXELS, TEXT, Exportable, SegmenterGraph, TextGraph, TowerGraph
-from hf_opentrans.loading import load_clip, load_segmenter, resolve_model
-from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES, VISION_MODEL_TYPES
+from hf_opentrans.loading import TOWER_TYPES, load_clip, load_segmenter, resolve_model
+from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.image_loading import center_crop
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.modeling_mask_query_base import MaskQueriesModel
@@ -109,22 +115,27 @@ class ExportConfig:
         return height, width
 
 
-def load_exportable(name: str | Path) -> tuple[PreTrainedModel, Any]:
+def load_exportable(name: str | Path, *, budget: float | None = None) -> tuple[PreTrainedModel, Any]:
     """Load what can be exported with its processor: a vision tower of its own, or any segmenter.
+
+    Args:
+        name: A folder, a Hub id, or "clip-scenes".
+        budget: Of a checkpoint of several budgets the one to load, as a plain pruned model. Defaults to all of them,
+            with the largest set; `extract` makes a plain model of that.
 
     Raises:
         FileNotFoundError: If there is no such folder or model.
-        ValueError: If it is of another type, or its files are damaged.
+        ValueError: If it is of another type, it has no such budget, or its files are damaged.
     """
     path = resolve_model(name)
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError):
         values = {}  # what is wrong is said below
-    if values.get("model_type") in VISION_MODEL_TYPES:
-        loaded = load_clip(path)
+    if values.get("model_type") in TOWER_TYPES:
+        loaded = load_clip(path, budget=budget)
         return loaded.model, loaded.image_processor
-    return load_segmenter(path)
+    return load_segmenter(path, budget=budget)
 
 
 @torch.no_grad()
@@ -192,7 +203,7 @@ class _Job:
     graph: Exportable
     size: tuple[int, int]
     vocabulary: Vocabulary | None
-    text: torch.Tensor | None  # embeddings for tracing and comparing, where they are an input
+    text: tuple[dict[str, torch.Tensor], ...]  # two examples of the inputs beside images, where text is an input
     source: str
 
     @classmethod
@@ -209,16 +220,18 @@ class _Job:
         tokenizer = getattr(processor, "tokenizer", None)
         size = config.image_size(_default_side(image_processor, vision), vision.patch_size)
         example = torch.zeros(2, 3, *size)
-        text = None
+        text: tuple[dict[str, torch.Tensor], ...] = ()
         if isinstance(model, OpenVocabularyModel):
-            templates = cast("Any", model.config).segmentation_templates
             if vocabulary is None:
-                names = Vocabulary(PARITY_NAMES, templates=templates)
-                text = model.encode_vocabulary(names, tokenizer).text_embeddings
+                text = _example_text(model, tokenizer)
             elif vocabulary.text_embeddings is None:
                 vocabulary = model.encode_vocabulary(vocabulary, tokenizer)
             options = {"mode": config.mode} if config.mode is not None else {}
-            graph: Exportable = SegmenterGraph(model, vocabulary, example, options)
+            graph: Exportable
+            if isinstance(model, MaskQueriesModel) and vocabulary is None:
+                graph = MaskQueriesGraph(model, example)
+            else:
+                graph = SegmenterGraph(model, vocabulary, example, options)
         else:
             graph = TowerGraph(model, example)
         name = source or str(model.config.name_or_path or type(model).__name__)
@@ -227,13 +240,13 @@ class _Job:
     def trace(self) -> Traced:
         example = {PIXELS: torch.randn(2, 3, *self.size, generator=torch.Generator().manual_seed(0))}
         dynamic: dict[str, dict[int, Any]] = {PIXELS: {0: torch.export.Dim("batch", min=1)}}
-        if self.text is not None:
-            example[TEXT] = self.text
-            dynamic[TEXT] = {0: torch.export.Dim("queries", min=1)}
+        if self.text:
+            example |= self.text[0]
+            dynamic |= dynamic_sizes(self.text[0])
         return trace(self.graph, example, dynamic)
 
     def trace_text(self) -> Traced | None:
-        if self.text is None or not isinstance(self.model, OpenVocabularyModel):
+        if not self.text or not isinstance(self.model, OpenVocabularyModel):
             return None
         tokens = self.tokenizer(["a cat", "two dogs"], padding=True, return_tensors="pt")
         example = {name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -258,7 +271,7 @@ class _Job:
 
     def save_processor(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
-        if self.text is not None:
+        if self.text:
             self.tokenizer.save_pretrained(folder)
 
     def prepare(self, images: list[Any]) -> list[torch.Tensor]:
@@ -283,7 +296,7 @@ class _Job:
             inputs[PICTURES] = torch.stack(self.prepare(images[-len(inputs[PICTURES]) :]))
         found = measure_parity(self._reference, session.run, inputs, self.text)
         check_parity(found, self.config.precision)
-        if self.text is not None:
+        if self.text:
             found["text"] = self._text_parity(folder)
             check_parity({"text": found["text"]}, "fp32")
         return found
@@ -307,7 +320,7 @@ class _Job:
         return self.graph.named(*inputs.values())
 
     def _feeds(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {PIXELS: pixels} if self.text is None else {PIXELS: pixels, TEXT: self.text}
+        return {PIXELS: pixels, **(self.text[1] if self.text else {})}
 
     def record(
         self, traced: Traced, session: Session, parity: dict[str, Parity], files: dict[str, dict[str, Any]]
@@ -327,6 +340,7 @@ class _Job:
             patch_size=_vision_config(model).patch_size,
             templates=cast("Any", model.config).segmentation_templates if is_segmenter else "",
             vocabulary=None if self.vocabulary is None else vocabulary_to_dict(self.vocabulary),
+            ensemble=None if self.vocabulary is not None else ensemble_of(model),
             inputs=traced.inputs,
             outputs=traced.outputs,
             folded=tuple(self._folded(traced)),
@@ -359,12 +373,6 @@ class _Job:
 
 
 def _check_model(model: Any, config: ExportConfig, vocabulary: Vocabulary | None) -> None:
-    if isinstance(model, MaskQueriesModel):
-        raise TypeError(
-            f"A {type(model).__name__} cannot be exported: the deformable attention of its pixel decoder fixes the "
-            "batch size in the graph, and its number of classes depends on values. Export a training-free segmenter, "
-            "a DeepLabV3PlusForSegmentation or a CATSegForSegmentation, or use this model in PyTorch."
-        )
     known = (OpenVocabularyModel, SparseCLIPVisionModel, SparseCLIPVisionModelWithProjection)
     if not isinstance(model, known):
         raise TypeError(
@@ -414,6 +422,15 @@ def _write_graph(traced: Traced, folder: Path, stem: str, file_format: str, *, c
         write_openvino(compress_openvino_weights(model) if compress else model, path)
     else:
         torch.export.save(traced.program, path)
+
+
+def _example_text(model: OpenVocabularyModel, tokenizer: Any) -> tuple[dict[str, torch.Tensor], ...]:
+    """Return two examples of the inputs beside images."""
+    names = Vocabulary(PARITY_NAMES, templates=cast("Any", model.config).segmentation_templates)
+    text = cast("torch.Tensor", model.encode_vocabulary(names, tokenizer).text_embeddings)
+    if isinstance(model, MaskQueriesModel):
+        return parity_inputs(model, text)
+    return {TEXT: text[: len(text) // 2]}, {TEXT: text}
 
 
 def _vision_config(model: Any) -> Any:

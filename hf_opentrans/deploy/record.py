@@ -16,6 +16,8 @@ EXPORT_FILE = "export.json"
 SCHEMA = 1
 MODEL_STEM, TEXT_STEM = "model", "text"
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+# What exports of earlier versions lack.
+_OPTIONAL = {"ensemble"}
 _CHUNK = 2**20
 
 
@@ -45,6 +47,8 @@ class ExportRecord:
         versions: Of what took part.
         files: Bytes and SHA-256 of every file, by name.
         schema: Number of this layout.
+        ensemble: Of FC-CLIP without a fixed vocabulary, what the weights of its two classifications follow from: the
+            names seen in training, and the weights of seen and of other classes.
     """
 
     format: str
@@ -67,6 +71,7 @@ class ExportRecord:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     schema: int = SCHEMA
+    ensemble: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `export.json` holds."""
@@ -102,7 +107,8 @@ class ExportRecord:
         except (json.JSONDecodeError, UnicodeDecodeError) as err:
             raise ValueError(f"{str(path)!r} is not valid JSON ({err}). Export or copy the model again.") from err
         known = {item.name for item in fields(cls)}
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA or set(values) != known:
+        needed = known - _OPTIONAL
+        if not isinstance(values, dict) or values.get("schema") != SCHEMA or not needed <= set(values) <= known:
             found = values.get("schema") if isinstance(values, dict) else None
             raise ValueError(
                 f"{str(path)!r} has the layout {found!r}. This version of hf_opentrans reads layout {SCHEMA} with the "

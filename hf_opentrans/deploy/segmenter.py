@@ -1,6 +1,6 @@
 """Exported models, loaded again: same call and same results as in PyTorch, without its weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from hf_opentrans.deploy.mask_query_graph import QUERIES, class_inputs
 from hf_opentrans.deploy.record import ExportRecord
 from hf_opentrans.deploy.sessions import Session, open_session
 from hf_opentrans.deploy.vocabularies import (
@@ -18,7 +19,9 @@ from hf_opentrans.deploy.vocabularies import (
     save_vocabulary,
     vocabulary_from_dict,
 )
+from hf_opentrans.deploy.wrappers import TEXT
 from hf_opentrans.models.image_loading import ImageInput, as_list, load_rgb
+from hf_opentrans.models.modeling_mask_queries import MaskQueriesOutput
 from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularySegmenterOutput
 from hf_opentrans.models.processing_open_vocabulary import LONGEST_SIDE_RATIO, OpenVocabularyProcessor
 from hf_opentrans.models.segmentation_result import SegmentationResult
@@ -88,17 +91,16 @@ class ExportedModel:
             record.check_files(folder)
         return cls(_open(Path(folder), record, threads, precision))
 
-    def _run(self, pixel_values: torch.Tensor, text_embeddings: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def _run(
+        self, pixel_values: torch.Tensor, text: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         height, width = self.record.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, height, width):
             raise ValueError(
                 f"pixel_values have the shape {tuple(pixel_values.shape)}. This model was exported for (batch_size, "
                 f"3, {height}, {width}). Resize the images, or export with --resolution {_size_text(pixel_values)}."
             )
-        inputs = {"pixel_values": pixel_values.float()}
-        if text_embeddings is not None:
-            inputs["text_embeddings"] = text_embeddings.float()
-        return self._session.run(inputs)
+        return self._session.run({"pixel_values": pixel_values.float(), **(text or {})})
 
 
 class ExportedTower(ExportedModel):
@@ -137,6 +139,9 @@ class ExportedSegmenter(ExportedModel):
     ) -> OpenVocabularySegmenterOutput:
         """Return logits and dense embeddings of images, as the model in PyTorch does.
 
+        Of a model with mask queries these are [`MaskQueriesOutput`]: masks and their classes too, for
+        `post_process_instance_segmentation` and `post_process_panoptic_segmentation`.
+
         Args:
             pixel_values: Images of shape `(batch_size, 3, height, width)`, of the exported size.
             vocabulary: An encoded vocabulary (see `encode_vocabulary`); with a fixed vocabulary none or that one.
@@ -147,8 +152,9 @@ class ExportedSegmenter(ExportedModel):
             ValueError: If the images have another size, or the text does not fit.
         """
         vocabulary, text = self._resolve(vocabulary, text_embeddings)
-        found = self._run(pixel_values, text)
-        return OpenVocabularySegmenterOutput(vocabulary=vocabulary, **found)
+        found = self._run(pixel_values, self._text_inputs(vocabulary, text))
+        kind = MaskQueriesOutput if "masks_queries_logits" in found else OpenVocabularySegmenterOutput
+        return kind(vocabulary=vocabulary, **found)
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -278,6 +284,13 @@ class ExportedSegmenter(ExportedModel):
                 f"{self.record.text_dim}), at least one. They are of another model: encode the names with this one."
             )
         return vocabulary, text
+
+    def _text_inputs(self, vocabulary: Vocabulary | None, text: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        if text is None:
+            return {}
+        if QUERIES not in self.record.inputs:
+            return {TEXT: text.float()}
+        return class_inputs(vocabulary, text, self.record.ensemble)
 
     @torch.no_grad()
     def _embed_texts(self, texts: list[str]) -> torch.Tensor:

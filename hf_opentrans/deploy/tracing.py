@@ -174,6 +174,8 @@ def _replace_empty_products(graph_module: fx.GraphModule) -> int:
         if node.op != "call_function" or node.target is not _LINEAR or len(node.args) < 3:
             continue
         weight, bias = node.args[1], node.args[2]
+        if weight.op != "get_attr":  # part of a larger one, so not empty
+            continue
         if bias is None or _attribute(graph_module, weight).shape[1] or not all(map(_is_plain_sum, node.users)):
             continue
         node.replace_all_uses_with(bias)

@@ -26,6 +26,8 @@ _KINDS = {
     RESNET: "The ResNet image encoder of a CLIP",
     HOST: "A model that carries a pruned CLIP vision tower",
 }
+_TRAINING_FREE = ("CLIPModel", "SparseCLIPModel", "DenseCLIPForSegmentation")
+_TRAINING_FREE += ("ElasticCLIPModel", "ElasticCLIPForSegmentation")
 # What a template leaves behind where something was not filled in.
 _UNFILLED = ("{{", "}}", "{%", "[More Information Needed]", "TODO", "None |", "| None", "Undefined")
 
@@ -181,6 +183,12 @@ def _intro(facts: CardFacts) -> str:
     if facts.pruning is None:
         return f"{_KINDS[facts.kind]}" + (f", made of {base}{revision}." if facts.base else ".")
     pruning = facts.pruning
+    if facts.budgets is not None:
+        return (
+            f"{_KINDS[facts.kind]}: {base}{revision} at several budgets in one file, {pruning['largest']} down to "
+            f"{pruning['smallest']} of the multiply-accumulates of its {pruning['tower']}, pruned in one shot from "
+            f"{pruning['images']} unlabelled images. Load one budget alone, or all and switch while it runs."
+        )
     trained = " It was trained afterwards." if facts.training is not None else ""
     return (
         f"{_KINDS[facts.kind]}: {base}{revision} with {pruning['macs']} of the multiply-accumulates of its "
@@ -194,7 +202,10 @@ def _limits(facts: CardFacts) -> list[str]:
         limits.append("Multiply-accumulates are not time: how much faster it is depends on the machine.")
         if facts.training is None:
             limits.append("It was pruned and refitted, not fine-tuned.")
-    if facts.kind == SEGMENTER and facts.class_name in ("CLIPModel", "SparseCLIPModel", "DenseCLIPForSegmentation"):
+    if facts.budgets is not None:
+        limits.append("Only the listed budgets can be set, nothing between them.")
+        limits.append("From the Hub its file comes whole; loading one budget then reads only what it needs.")
+    if facts.kind == SEGMENTER and facts.class_name in _TRAINING_FREE:
         limits.append("Segmentation is training-free: as fine as the patches, and as good as the patch tokens.")
     if facts.kind == SEGMENTER and facts.evaluations is None:
         limits.append("Its segmentation was not measured on a benchmark.")

@@ -7,9 +7,11 @@ from typing import Any, Unpack
 
 from hf_opentrans.data.benchmarks import BENCHMARKS
 from hf_opentrans.pruning.channels import CHANNEL_REPORT_FILE
+from hf_opentrans.pruning.elastic_report import ELASTIC_REPORT_FILE
 from hf_opentrans.pruning.report import REPORT_FILE
 
 from .citations import Citation, Ledger
+from .elastic_facts import budget_table, elastic_pruning, is_elastic
 from .evidence import (
     CONFIG_FILE,
     GIVEN,
@@ -61,6 +63,8 @@ class CardFacts:
         licence: Of the base weights.
         licence_file: Name of its text, where that lies beside the weights.
         pruning: Method, unit, budget and more of the pruning.
+        budgets: Cost, fidelity and bytes of every budget, where one checkpoint holds several.
+        budget: One of these, for the snippets.
         costs: MACs, parameters and bytes, dense and now.
         widths: Kept and dense widths, layer by layer.
         fidelity: How far the outputs moved.
@@ -88,6 +92,8 @@ class CardFacts:
     licence: Licence | None
     licence_file: str | None
     pruning: dict[str, str] | None
+    budgets: Table | None
+    budget: str | None
     costs: Table | None
     widths: Table | None
     fidelity: Pairs
@@ -126,6 +132,8 @@ def facts_of(evidence: Evidence, options: CardOptions) -> CardFacts:
     base, base_id, revision = _base(ledger)
     name_key = "repo_id" if ledger.has(GIVEN, "repo_id") else "folder"
     report = _report_file(ledger)
+    elastic = ELASTIC_REPORT_FILE if is_elastic(ledger.documents) and ledger.has(ELASTIC_REPORT_FILE) else None
+    budgets = budget_table(ledger)
     protocols, conditions = _conditions(ledger, evidence)
     for key in ("license", "license_name"):
         ledger.text(LICENCE, key)
@@ -139,7 +147,9 @@ def facts_of(evidence: Evidence, options: CardOptions) -> CardFacts:
         base_revision=revision,
         licence=evidence.licence,
         licence_file=next((path.name for path in evidence.licence_files), None),
-        pruning=_pruning(ledger, report),
+        pruning=elastic_pruning(ledger) if elastic else _pruning(ledger, report),
+        budgets=budgets,
+        budget=None if budgets is None else budgets[1][min(1, len(budgets[1]) - 1)][0],
         costs=_costs(ledger, report),
         widths=_widths(ledger, report),
         fidelity=_fidelity(ledger, report),
@@ -149,12 +159,16 @@ def facts_of(evidence: Evidence, options: CardOptions) -> CardFacts:
         protocols=protocols,
         evaluation_conditions=conditions,
         commands=_commands(evidence),
-        calibration=_calibration(ledger, report),
+        calibration=_calibration(ledger, report or elastic),
         training=_training(ledger),
-        notes=_notes(ledger, report),
+        notes=_notes(ledger, report or elastic),
         datasets=tuple(options.get("datasets") or ()),
         hub_results=tuple(
-            sorted((n, i) for n, i in evidence.own if hub_data_set(evidence.evaluations[n][i].benchmark) is not None)
+            sorted(
+                (name, row)
+                for (name, row), budget in evidence.own.items()
+                if not budget and hub_data_set(evidence.evaluations[name][row].benchmark) is not None
+            )
         ),
         citations=tuple(ledger.citations),
     )
@@ -305,10 +319,18 @@ def _evaluations(ledger: Ledger, evidence: Evidence) -> Table | None:
             ]
             images = ledger.number(*place, "result", "images", spec=",d")
             classes = _count(ledger, file, ("rows", index, "result", "class_names"))
-            name = "**this model**" if is_own else ledger.text(*place, "model", rule="name")
+            name = (
+                _own_name(ledger, evidence.own[file, index]) if is_own else ledger.text(*place, "model", rule="name")
+            )
             protocol = ledger.text(*place, "result", "protocol", "name")
             lines.append((name, data, images, classes, protocol, *scores))
     return ("model", "data", "images", "classes", "protocol", *_SCORES), tuple(lines)
+
+
+def _own_name(ledger: Ledger, budget: int | None) -> str:
+    if budget is None:
+        return "**this model**"
+    return f"**this model**, budget {ledger.number(CONFIG_FILE, 'elastic_budgets', budget, 'budget', spec='g')}"
 
 
 def _count(ledger: Ledger, file: str, place: tuple[str | int, ...]) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -15,16 +15,26 @@ from hf_opentrans.models.auto_segmentation import SEGMENTERS
 from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig
 from hf_opentrans.models.configuration_sparse_clip import VISION_MODEL_TYPES
 from hf_opentrans.pruning.channels import CHANNEL_REPORT_FILE
+from hf_opentrans.pruning.elastic_report import ELASTIC_REPORT_FILE
 from hf_opentrans.pruning.report import REPORT_FILE
 from hf_opentrans.pruning.subnetwork import JSON_FILE, SUBNETWORK_FOLDER
 from hf_opentrans.pruning.transfer import REPORT_FILE as TRANSFER_FILE
 from hf_opentrans.pruning.transfer import SPARSE_TOWER
 
+from .elastic_facts import ELASTIC_TYPES, check_elastic, is_elastic
 from .licence import Licence, base_folder, check_repo_id, find_licence
 
 CONFIG_FILE, TRAINING_FILE = "config.json", "training_report.json"
 SUBNETWORK_FILE = f"{SUBNETWORK_FOLDER}/{JSON_FILE}"
-READ = (CONFIG_FILE, REPORT_FILE, CHANNEL_REPORT_FILE, SUBNETWORK_FILE, TRAINING_FILE, TRANSFER_FILE)
+READ = (
+    CONFIG_FILE,
+    REPORT_FILE,
+    CHANNEL_REPORT_FILE,
+    ELASTIC_REPORT_FILE,
+    SUBNETWORK_FILE,
+    TRAINING_FILE,
+    TRANSFER_FILE,
+)
 # Documents that are not files: sizes of files, and what the caller gave.
 SIZES, GIVEN, LICENCE = "file sizes", "given", "licence"
 SEGMENTER, TOWER, RESNET, HOST = "segmenter", "tower", "resnet", "host"
@@ -51,7 +61,8 @@ class Evidence:
             or "host" (another model that carries a pruned tower).
         documents: JSON values by name.
         evaluations: Rows of `evaluate` by document.
-        own: Documents and positions of the rows that were measured with these very weights.
+        own: Documents and positions of the rows that were measured with these very weights; of a checkpoint of several
+            budgets with the position of the budget, otherwise with None.
         latency: Name of the document of `benchmark latency`; None where there is none.
         base: Folder of the base model, where it is known.
         licence: Of the base weights, where it is known.
@@ -61,7 +72,7 @@ class Evidence:
     kind: str
     documents: dict[str, Any]
     evaluations: dict[str, list[EvaluationRow]]
-    own: frozenset[tuple[str, int]] = frozenset()
+    own: Mapping[tuple[str, int], int | None] = field(default_factory=dict)
     latency: str | None = None
     base: Path | None = None
     licence: Licence | None = None
@@ -90,6 +101,8 @@ class Evidence:
         path = Path(folder)
         kind = model_kind(path)
         documents = {name: _read_json(path / name) for name in READ if (path / name).is_file()}
+        if is_elastic(documents):
+            check_elastic(path, documents[CONFIG_FILE])
         given = {"folder": path.resolve().name, "repo_id": repo_id, "base_model": options.get("base_model")}
         documents[GIVEN] = given
         recorded, revision, _ = recorded_base(documents)
@@ -103,7 +116,8 @@ class Evidence:
         for file in options.get("evaluations") or ():
             name = _unique(Path(file).name, documents)
             documents[name], evaluations[name] = _read_evaluation(Path(file))
-        own = _own_rows(path, kind, evaluations)
+        budgets = documents[CONFIG_FILE].get("elastic_budgets") if is_elastic(documents) else None
+        own = _own_rows(path, kind, evaluations, [entry["budget"] for entry in budgets or []])
         latency = None
         if (file := options.get("latency")) is not None:
             latency = _unique(Path(file).name, documents)
@@ -127,7 +141,7 @@ def model_kind(folder: Path) -> str:
     model_type = config.get("model_type")
     if model_type in SEGMENTERS:
         return SEGMENTER
-    if model_type in VISION_MODEL_TYPES:
+    if model_type in (*VISION_MODEL_TYPES, *ELASTIC_TYPES):  # with both towers: above
         return TOWER
     if model_type == CLIPResNetVisionConfig.model_type:
         return RESNET
@@ -195,21 +209,25 @@ def _read_evaluation(path: Path) -> tuple[dict[str, Any], list[EvaluationRow]]:
     return values, rows
 
 
-def _own_rows(folder: Path, kind: str, files: dict[str, list[EvaluationRow]]) -> frozenset[tuple[str, int]]:
-    """Return the rows whose fingerprint is that of the folder's weights."""
+def _own_rows(
+    folder: Path, kind: str, files: dict[str, list[EvaluationRow]], budgets: Sequence[float]
+) -> dict[tuple[str, int], int | None]:
+    """Return the rows whose fingerprint is that of the folder's weights, at any of its budgets."""
     if not files:
-        return frozenset()
+        return {}
     if kind != SEGMENTER:
         raise ValueError(
             f"There are evaluations, and {str(folder)!r} holds a {kind}. Segmentation is measured with both towers. "
             "Leave them out."
         )
-    fingerprint = model_fingerprint(load_segmenter(folder)[0])
+    known: dict[str, int | None] = {model_fingerprint(load_segmenter(folder)[0]): 0 if budgets else None}
+    for place, budget in enumerate(budgets):
+        known[model_fingerprint(load_segmenter(folder, budget=budget)[0])] = place
     found = {
-        (name, index)
+        (name, index): known[row.result.model_fingerprint]
         for name, rows in files.items()
         for index, row in enumerate(rows)
-        if row.result.model_fingerprint == fingerprint
+        if row.result.model_fingerprint in known
     }
     strangers = sorted(set(files) - {name for name, _ in found})
     if strangers:
@@ -219,7 +237,7 @@ def _own_rows(folder: Path, kind: str, files: dict[str, list[EvaluationRow]]) ->
             "card states what was measured with its own model. Run `hf-opentrans evaluate` on this folder and "
             "give that file."
         )
-    return frozenset(found)
+    return found
 
 
 def _read_latency(path: Path, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from hf_opentrans._files import check_output_folder, write_folder
 from hf_opentrans._safety import FLOATS
 from hf_opentrans.benchmark_evaluation import EVAL_RESULTS_FOLDER, write_eval_results
 from hf_opentrans.loading import load_segmenter
+from hf_opentrans.models.configuration_elastic_clip import ElasticCLIPConfig
 from hf_opentrans.models.configuration_sparse_clip import SparseCLIPConfig
+from hf_opentrans.models.modeling_elastic_clip import ElasticCLIPModel
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.pruning.subnetwork import SUBNETWORK_FOLDER
 
@@ -36,6 +38,8 @@ SUBFOLDERS = (SUBNETWORK_FOLDER, EVAL_RESULTS_FOLDER)
 MARKER = ".hf-opentrans"  # of a folder that `prepare_folder` wrote; it is not published
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt")  # their entries are no paths
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+# What AutoModel makes of a training-free segmenter.
+_PLAIN: dict[type, type] = {SparseCLIPConfig: SparseCLIPModel, ElasticCLIPConfig: ElasticCLIPModel}
 _NAME_KEYS = ("_name_or_path", "name_or_path")
 
 
@@ -177,9 +181,9 @@ def _save_segmenter(source: Path, target: Path) -> None:
     """Write model and processor, in the precision of the source, so that every Auto class finds its own."""
     precision = dict(_tensor_types(source))
     model, processor = load_segmenter(source)
-    if type(model.config) is SparseCLIPConfig:  # trained heads have configurations of their own
-        code = f"{SparseCLIPModel.__module__.rpartition('.')[2]}.{SparseCLIPModel.__name__}"
-        model.config.auto_map = {"AutoModel": code}
+    plain = _PLAIN.get(type(model.config))  # trained heads have configurations of their own
+    if plain is not None:
+        model.config.auto_map = {"AutoModel": f"{plain.__module__.rpartition('.')[2]}.{plain.__name__}"}
     state = model.state_dict()
     common = next(iter(precision.values()), torch.float32)
     cast("Any", model).save_pretrained(

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel
 
 from hf_opentrans.pruning.channels import ChannelPruningResult
+from hf_opentrans.pruning.elastic import ElasticResult
 from hf_opentrans.pruning.prune import PruningResult
 from hf_opentrans.pruning.subnetwork import SUBNETWORK_FOLDER
 
@@ -146,7 +147,7 @@ def push_model(model: PreTrainedModel, processor: Any, repo_id: str, **options: 
 
 
 def push_to_hub(
-    source: str | Path | PruningResult | ChannelPruningResult | PreTrainedModel,
+    source: str | Path | PruningResult | ChannelPruningResult | ElasticResult | PreTrainedModel,
     repo_id: str,
     processor: Any = None,
     **options: Any,
@@ -173,10 +174,10 @@ def push_to_hub(
         return push_folder(source, repo_id, **options)
     if isinstance(source, PreTrainedModel):
         return push_model(source, processor, repo_id, **options)
-    if not isinstance(source, PruningResult | ChannelPruningResult):
+    if not isinstance(source, PruningResult | ChannelPruningResult | ElasticResult):
         raise TypeError(
-            f"The source is a {type(source).__name__}. Published are folders, results of prune_model and "
-            "prune_channels, and models. Give one of these."
+            f"The source is a {type(source).__name__}. Published are folders, results of prune_model, "
+            "prune_channels and prune_elastic, and models. Give one of these."
         )
     _check_options(repo_id, options)
     with tempfile.TemporaryDirectory(prefix="hf-opentrans-save-") as temporary:

@@ -128,12 +128,15 @@ def find_budget(budgets: Sequence[Mapping[str, Any]], budget: float) -> int:
     Raises:
         ValueError: If there is no such budget; lists those that there are.
     """
+    if not budgets:
+        raise ValueError(f"budget is {budget!r}, and elastic_budgets in config.json is missing or empty. {_WRONG}")
+    is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
     for index, entry in enumerate(budgets):
-        if isinstance(budget, int | float) and abs(float(entry["budget"]) - budget) < 1e-6:
+        if is_number and abs(float(entry["budget"]) - budget) < 1e-6:
             return index
     listed = ", ".join(f"{entry['budget']:g}" for entry in budgets)
     raise ValueError(
-        f"budget is {budget!r}. This checkpoint holds the budgets {listed} and nothing between them. Choose one of "
+        f"budget is {budget!r}. This checkpoint holds the budgets {listed} and no others. Choose one of "
         "them, or make another checkpoint with `prune_elastic`."
     )
 

@@ -155,10 +155,11 @@ def at_budget(
 
 
 class _File:
-    """The weights of an elastic checkpoint, opened; reads no more than it is asked for."""
+    """The weights of an elastic checkpoint, opened; reads no more than it is asked for, and counts it."""
 
     def __init__(self, name: Any, source: Mapping[str, Any]) -> None:
         self.name = str(name)
+        self.bytes_read = 0
         found = cached_file(str(name), WEIGHTS, **source)
         try:
             self.opened = safe_open(str(found), framework="pt")
@@ -192,6 +193,7 @@ class _File:
         wants_codes = name.endswith(".codes")
         if wants_codes != (value.dtype == torch.int8) or not (wants_codes or bool(torch.isfinite(value).all())):
             raise self.damaged(f"has {name} with values that cannot be used")
+        self.bytes_read += value.numel() * value.element_size()
         return value
 
     def added(self, place: Place, index: int, narrow: list[int]) -> tuple[torch.Tensor, ...]:
@@ -253,9 +255,14 @@ class ElasticMixin(_Base):
         """
         source = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         if budget is not None:
-            return cls._load_alone(pretrained_model_name_or_path, budget, source, kwargs)
+            return cls._load_alone(pretrained_model_name_or_path, budget, source, kwargs)[0]
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # pyright: ignore[reportGeneralTypeIssues]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not model._entries:
+            raise ValueError(
+                f"config.json of {str(pretrained_model_name_or_path)!r} has no elastic_budgets. An elastic model "
+                "needs them. Save the model again with `prune_elastic`."
+            )
         file, added = _File(pretrained_model_name_or_path, source), {}
         for index, entry in enumerate(model._entries[1:], 1):
             for place in places_of(model):
@@ -265,7 +272,21 @@ class ElasticMixin(_Base):
         return loaded
 
     @classmethod
-    def _load_alone(cls, name: Any, budget: float, source: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    def bytes_of_budget(cls, pretrained_model_name_or_path: Any, budget: float, **source: Any) -> int:
+        """Load one budget, and return how many bytes of the file's tensors were read for it.
+
+        Args:
+            pretrained_model_name_or_path: A folder or Hub id.
+            budget: One of `budgets`.
+            **source: Which files are meant, such as `revision`.
+
+        Raises:
+            ValueError: If there is no such budget, or the file is damaged.
+        """
+        return cls._load_alone(pretrained_model_name_or_path, budget, source, dict(source))[1]
+
+    @classmethod
+    def _load_alone(cls, name: Any, budget: float, source: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, int]:
         unknown = sorted(set(kwargs) - _OPTIONS)
         if unknown:
             raise TypeError(
@@ -300,7 +321,7 @@ class ElasticMixin(_Base):
         if isinstance(model, DenseCLIPForSegmentation):
             model.loaded_revision = source.get("revision")
             model.default_vocabulary = Vocabulary.find(name, **source)
-        return model.eval()
+        return model.eval(), file.bytes_read
 
     def adopt(self, added: Mapping[str, torch.Tensor]) -> None:
         """Take over what the smaller budgets add to the weights, which are those of the largest.

@@ -6,7 +6,7 @@ trained, so `encode` can be run once per image and its result be kept.
 This file travels with checkpoints as remote code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -89,6 +89,19 @@ def geometric_ensemble(
     return torch.cat([mixed + real, with_void[..., -1:]], -1)
 
 
+def clip_weights(vocabulary: Vocabulary, seen: Collection[str], alpha: float, beta: float) -> torch.Tensor:
+    """Return the weight of CLIP's own classification for every class of a vocabulary, `(classes,)`.
+
+    Args:
+        vocabulary: Its names count, not its embeddings.
+        seen: Casefolded names of the training; a class is seen if one of its names is among them.
+        alpha: Weight of seen classes, in [0, 1].
+        beta: Weight of the others, in [0, 1].
+    """
+    is_seen = [any(name.casefold() in seen for name in group) for group in vocabulary.classes]
+    return torch.tensor([alpha if each else beta for each in is_seen], dtype=torch.float32)
+
+
 class FCCLIPForSegmentation(MaskQueriesModel):
     """A frozen CLIP with trained mask queries: semantic, instance and panoptic segmentation by text.
 
@@ -134,7 +147,7 @@ class FCCLIPForSegmentation(MaskQueriesModel):
         self,
         pixel_values: torch.Tensor | None = None,
         vocabulary: Vocabulary | None = None,
-        text_embeddings: torch.Tensor | None = None,
+        text_embeddings: torch.Tensor | TextClasses | None = None,
         labels: torch.Tensor | None = None,
         mask_labels: Sequence[torch.Tensor] | None = None,
         class_labels: Sequence[torch.Tensor] | None = None,
@@ -152,7 +165,7 @@ class FCCLIPForSegmentation(MaskQueriesModel):
             vocabulary: An encoded [`Vocabulary`] (see `encode_vocabulary`). A class is seen if one of its names is in
                 `config.seen_classes`.
             text_embeddings: Instead of a vocabulary, unit embeddings of shape `(queries, dim)`, each a class. Without
-                names they stand for the classes of the training: all count as seen.
+                names they stand for the classes of the training: all count as seen. Or a [`TextClasses`], for graphs.
             labels: Index of the class of every pixel, `(batch_size, label_height, label_width)`, of any size;
                 `config.semantic_loss_ignore_index` where a pixel does not count.
             mask_labels: Instead of labels, for every image masks of shape `(masks, height, width)`, zero outside.
@@ -170,7 +183,7 @@ class FCCLIPForSegmentation(MaskQueriesModel):
         """
         *maps, dense = self._features(pixel_values, features)
         text = text_classes(vocabulary, text_embeddings, like=dense)
-        targets = self._targets(text, labels, mask_labels, class_labels, len(dense))
+        targets = self._targets(text, labels, mask_labels, class_labels, dense.shape[0])
         found = self.head.decoder(maps)
         masks = found.masks[-1]
         outputs = MaskQueriesOutput(dense_embeds=dense, vocabulary=vocabulary, masks_queries_logits=masks)
@@ -194,12 +207,13 @@ class FCCLIPForSegmentation(MaskQueriesModel):
 
     def _clip_weights(self, vocabulary: Vocabulary | None, text: TextClasses) -> torch.Tensor:
         """Return the weight of CLIP's own classification for every class, `(classes,)`."""
-        config, seen = self.config, self.config.seen_names
-        is_seen = [True] * text.count
-        if vocabulary is not None:
-            is_seen = [any(name.casefold() in seen for name in group) for group in vocabulary.classes]
-        weights = [config.ensemble_alpha if each else config.ensemble_beta for each in is_seen]
-        return torch.tensor(weights, dtype=torch.float32, device=text.embeddings.device)
+        if text.clip_weights is not None:
+            return text.clip_weights
+        config = self.config
+        if vocabulary is None:
+            return text.embeddings.new_full((text.count,), config.ensemble_alpha, dtype=torch.float32)
+        weights = clip_weights(vocabulary, config.seen_names, config.ensemble_alpha, config.ensemble_beta)
+        return weights.to(text.embeddings.device)
 
     def _ensemble(
         self,

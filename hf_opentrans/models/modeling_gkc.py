@@ -190,7 +190,7 @@ class GKCForSegmentation(MaskQueriesModel):
         self,
         pixel_values: torch.Tensor | None = None,
         vocabulary: Vocabulary | None = None,
-        text_embeddings: torch.Tensor | None = None,
+        text_embeddings: torch.Tensor | TextClasses | None = None,
         labels: torch.Tensor | None = None,
         mask_labels: Sequence[torch.Tensor] | None = None,
         class_labels: Sequence[torch.Tensor] | None = None,
@@ -207,7 +207,8 @@ class GKCForSegmentation(MaskQueriesModel):
         Args:
             pixel_values: Images of shape `(batch_size, 3, height, width)`, both sides multiples of the patch size.
             vocabulary: An encoded [`Vocabulary`] (see `encode_vocabulary`).
-            text_embeddings: Instead of a vocabulary, unit embeddings of shape `(queries, dim)`, each a class.
+            text_embeddings: Instead of a vocabulary, unit embeddings of shape `(queries, dim)`, each a class. Or a
+                [`TextClasses`], for graphs.
             labels: Index of the class of every pixel, `(batch_size, label_height, label_width)`, of any size;
                 `config.semantic_loss_ignore_index` where a pixel does not count.
             mask_labels: Instead of labels, for every image masks of shape `(masks, height, width)`, zero outside.
@@ -231,7 +232,7 @@ class GKCForSegmentation(MaskQueriesModel):
         read = self._features(pixel_values, features)
         maps, dense = (read[:-1], read[-1]) if self.config.clip_residual else (read, None)
         text = text_classes(vocabulary, text_embeddings, like=self.head.classifier.void_embed[None])
-        targets = self._targets(text, labels, mask_labels, class_labels, len(maps[0]))
+        targets = self._targets(text, labels, mask_labels, class_labels, maps[0].shape[0])
         regions = self._regions(region_embeddings, targets)
         found = self.head.decoder(maps)
         outputs = MaskQueriesOutput(dense_embeds=dense, vocabulary=vocabulary, masks_queries_logits=found.masks[-1])

@@ -66,15 +66,28 @@ class TextClasses:
         embeddings: Unit vectors of shape `(queries, dim)`.
         query_to_class: Class of every query, ascending, of shape `(queries,)`.
         count: Number of classes.
+        clip_weights: Of CLIP's own classification for every class, in [0, 1], `(classes,)`; None leaves them to the
+            names and the configuration.
+        class_queries: Of a graph for any number of names, which must not compare the two numbers: the queries of every
+            class, `(classes, most)`, its first one again where there are fewer.
     """
 
     embeddings: torch.Tensor
     query_to_class: torch.Tensor
     count: int
+    clip_weights: torch.Tensor | None = None
+    class_queries: torch.Tensor | None = None
+
+    @property
+    def _has_aliases(self) -> bool:
+        return self.class_queries is not None or self.count != self.query_to_class.shape[0]
 
     def best_alias(self, logits: torch.Tensor) -> torch.Tensor:
         """Reduce logits of shape `(batch_size, masks, queries)` to `(batch_size, masks, classes)`."""
-        if self.count == len(self.query_to_class):
+        if self.class_queries is not None:
+            found = logits.index_select(-1, self.class_queries.flatten())
+            return found.unflatten(-1, self.class_queries.shape).amax(-1)
+        if not self._has_aliases:
             return logits
         best = logits.new_zeros(*logits.shape[:-1], self.count)
         index = self.query_to_class.expand_as(logits)
@@ -90,27 +103,31 @@ class TextClasses:
 
         The other aliases get a very low logit, so that a softmax over the queries is one over the classes.
         """
-        if self.count == len(self.query_to_class):
+        if not self._has_aliases:
             return logits
-        classes = torch.arange(self.count, device=logits.device)
-        first = torch.searchsorted(self.query_to_class, classes)
-        spread = logits.new_full((len(logits), len(self.query_to_class), *logits.shape[2:]), LOWEST_LOGIT)
-        return spread.index_copy(1, first, logits)
+        owners = self.query_to_class
+        # By counting: a graph for any number of queries has no neighbours and no search.
+        first = (owners[None] < torch.arange(self.count, device=owners.device)[:, None]).sum(1)
+        is_first = torch.arange(owners.shape[0], device=owners.device) == first.index_select(0, owners)
+        lowest = logits.new_full((), LOWEST_LOGIT)
+        return torch.where(is_first[:, None, None], logits.index_select(1, owners), lowest)
 
 
 def text_classes(
-    vocabulary: Vocabulary | None, text_embeddings: torch.Tensor | None, like: torch.Tensor
+    vocabulary: Vocabulary | None, text_embeddings: torch.Tensor | TextClasses | None, like: torch.Tensor
 ) -> TextClasses | None:
     """Return the classes of an encoded vocabulary, or of embeddings that are each a class; None without either.
 
     Args:
         vocabulary: An encoded vocabulary.
-        text_embeddings: Instead of it, unit vectors of shape `(queries, dim)`.
+        text_embeddings: Instead of it, unit vectors of shape `(queries, dim)`; or what is returned.
         like: Device and precision to take, and the width as its size 1.
 
     Raises:
         ValueError: If the vocabulary is not encoded, or the embeddings have another shape.
     """
+    if isinstance(text_embeddings, TextClasses):
+        return text_embeddings
     found = text_embeddings_of(vocabulary, text_embeddings)
     if found is None:
         return None
@@ -120,7 +137,8 @@ def text_classes(
             "one. Encode the names with this model."
         )
     classes = torch.arange(len(found)) if vocabulary is None else vocabulary.query_to_class
-    return TextClasses(found.to(like.device, like.dtype), classes.to(like.device), int(classes[-1]) + 1)
+    count = len(found) if vocabulary is None else len(vocabulary.classes)
+    return TextClasses(found.to(like.device, like.dtype), classes.to(like.device), count)
 
 
 # From one map of a tower to masks

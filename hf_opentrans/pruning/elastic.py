@@ -32,7 +32,7 @@ from .latency import LatencyTable
 from .macs import TowerCost, layer_widths, tower_cost
 from .menus import AttentionStatistics, attention_menu, neuron_menu
 from .plan import PruningConfig
-from .prune import make_budget
+from .prune import make_budget, origin_of
 from .refit import Key, rebuild
 from .selection import attention_statistics, probe, recipe_of
 from .sizes import Menu
@@ -143,6 +143,7 @@ def prune_elastic(
                 work = _rebuilding(tower, small, calibration, metrics, config, run.step)
                 run.time(f"rebuild {share:g}", work)
             towers.append(small)
+        _record_origin(towers[0], model, config, tower)
         elastic = make_elastic(towers, shares, layers)
         cosines = run.time("fidelity", lambda: _cosines(tower, elastic, unseen, config.batch_size))
     report = _report(tower, elastic, nested, layers, limits, cosines, config, calibration, run.seconds)
@@ -172,6 +173,19 @@ def check_shares(budgets: Sequence[float], config: PruningConfig) -> list[float]
             "orders of 'obs' and no search. Use PruningConfig(method='obs', search='none')."
         )
     return shares
+
+
+def _record_origin(largest: SparseModel, model: PrunableModel, config: PruningConfig, tower: Tower) -> None:
+    """Note where the weights come from; `values_at` puts in the `keep` of each budget."""
+    name, revision = origin_of(model)
+    Tower.of(largest).vision.config.pruning_config = {
+        "base_model": name,
+        "base_revision": revision,
+        "method": config.method,
+        "unit": config.unit,
+        "keep": config.keep,
+        "resolution": config.resolution or tower.vision.config.image_size,
+    }
 
 
 def _refuse_masks(tower: Tower) -> None:

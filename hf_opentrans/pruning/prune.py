@@ -244,8 +244,8 @@ def _steps(tower: Tower, config: PruningConfig, images: int) -> int:
     return (count + steps) if config.keep < 1 else count
 
 
-def _origin(model: PrunableModel) -> tuple[str, str | None]:
-    """Name without local folders, and commit, of the dense model."""
+def origin_of(model: PrunableModel) -> tuple[str, str | None]:
+    """Return name without local folders, and commit, of the dense model."""
     name = str(model.config.name_or_path or "")
     is_local = Path(name).is_absolute() or Path(name).exists()
     if is_local:
@@ -256,7 +256,7 @@ def _origin(model: PrunableModel) -> tuple[str, str | None]:
 
 
 def _record_origin(small: SparseModel, model: PrunableModel, report: PruningReport) -> None:
-    name, revision = _origin(model)
+    name, revision = origin_of(model)
     config = report.config
     Tower.of(small).vision.config.pruning_config = {
         "base_model": name,
@@ -278,7 +278,7 @@ def _subnetwork(
     report: PruningReport,
     budget: Budget,
 ) -> Subnetwork:
-    name, revision = _origin(model)
+    name, revision = origin_of(model)
     tower, config = Tower.of(small), report.config
     vision_config = tower.vision.config.to_dict()
     vision_config.pop("_name_or_path", None)

@@ -10,7 +10,6 @@ import torch
 
 from hf_opentrans import (
     DeepLabV3PlusForSegmentation,
-    FCCLIPForSegmentation,
     Vocabulary,
 )
 from hf_opentrans.deploy import (
@@ -158,13 +157,6 @@ def test_bad_choices(parts, tmp_path):
     with pytest.raises(FileExistsError, match="already holds thesis"):
         export_model(model, processor, tmp_path / "foreign", HERE)
     assert not (tmp_path / "out").exists()
-
-
-def test_mask_queries_are_refused(parts, tmp_path):
-    sizes = {"hidden_dim": 32, "num_queries": 4, "encoder_layers": 1, "decoder_layers": 1, "feedforward_dim": 16}
-    model = FCCLIPForSegmentation.from_clip(parts[0], **sizes, num_attention_heads=4).eval()
-    with pytest.raises(TypeError, match="A FCCLIPForSegmentation cannot be exported: the deformable attention"):
-        export_model(model, parts[1], tmp_path / "out", HERE, vocabulary=Vocabulary(["cat", "dog"]))
 
 
 def truncate(folder: Path) -> None:

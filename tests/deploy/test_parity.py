@@ -78,7 +78,7 @@ def test_batches_of_one_and_three_and_few_names():
     images = parity_images((6, 8))
     assert set(images) == {"noise", "pictures"}
     assert all(part.shape == (4, 3, 6, 8) for part in images.values())
-    found = measure_parity(run, run, images, torch.randn(5, 4))
+    found = measure_parity(run, run, images, [{"text_embeddings": torch.randn(count, 4)} for count in (2, 5)])
     assert set(seen) == {(1, 2), (3, 5)}
     assert found["noise"].max_difference == 0
 
@@ -86,3 +86,19 @@ def test_batches_of_one_and_three_and_few_names():
 def test_limits():
     assert limits_of("int8-weights-bf16") is LIMITS["int8"]
     assert limits_of("fp32").difference is not None
+
+
+def test_masks_are_judged_by_the_median():
+    expected = {"logits": torch.randn(2, 3, 8, 8), "masks_queries_logits": torch.randn(2, 4, 8, 8)}
+    tipped = {name: value.clone() for name, value in expected.items()}
+    tipped["logits"][0, :, :3, :1] *= 1.3  # one mask of one image went the other way, and no class changed
+    found = compare([(expected, tipped)])
+    assert found.has_masks
+    assert found.max_relative > 1e-3
+    check_parity({"noise": found}, "fp32")
+    moved = {**expected, "logits": expected["logits"] * 1.3}
+    with pytest.raises(RuntimeError, match="on noise values differ by"):
+        check_parity({"noise": compare([(expected, moved)])}, "fp32")
+    without = compare([({"logits": expected["logits"]}, {"logits": tipped["logits"]})])
+    with pytest.raises(RuntimeError, match="on noise values differ by"):
+        check_parity({"noise": without}, "fp32")

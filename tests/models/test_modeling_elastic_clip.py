@@ -275,7 +275,7 @@ def test_mistakes_are_named(tmp_path, make):
     model, _ = make()
     model.save_pretrained(tmp_path)
     for wrong in (0.5, 60, True, "0.6", None):
-        with pytest.raises(ValueError, match=r"budget is .* holds the budgets 0\.9, 0\.6, 0\.3 and nothing between"):
+        with pytest.raises(ValueError, match=r"budget is .* holds the budgets 0\.9, 0\.6, 0\.3 and no others"):
             model.set_budget(wrong)
     assert model.budget == 0.9
     with pytest.raises(ValueError, match=r"budget is 0\.5\. This checkpoint holds the budgets 0\.9, 0\.6, 0\.3"):
@@ -286,6 +286,26 @@ def test_mistakes_are_named(tmp_path, make):
         ElasticCLIPModel(model.config).set_budget(0.6)
     with pytest.raises(ValueError, match="holds a model of type 'elastic_clip'"):
         ElasticCLIPVisionModel.from_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "elastic_budgets": None}))
+    with pytest.raises(ValueError, match=r"has no elastic_budgets\. An elastic model needs them"):
+        ElasticCLIPModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"elastic_budgets in config\.json is missing or empty"):
+        ElasticCLIPModel.from_pretrained(tmp_path, budget=0.6)
+
+
+def test_bytes_that_one_budget_reads_are_counted(tmp_path, make):
+    model, _ = make()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    largest = sum(t.numel() * t.element_size() for name, t in stored.items() if not name.startswith("elastic."))
+    read = [ElasticCLIPModel.bytes_of_budget(tmp_path, budget) for budget in BUDGETS]
+    assert read[0] == largest
+    # By hand: what the smallest budget keeps of every tensor, and what the file adds for it.
+    alone = ElasticCLIPModel.from_pretrained(tmp_path, budget=0.3)
+    kept = sum(value.numel() * value.element_size() for value in alone.state_dict().values())
+    assert read[2] >= kept + model.added_bytes(2) - 4 * 32  # "own" values are read besides those that they replace
+    assert read[2] < read[1] < largest < sum(t.numel() * t.element_size() for t in stored.values())
 
 
 WEIGHT = "vision_model.encoder.layers.1.mlp.fc2.weight"
