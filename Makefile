@@ -10,12 +10,13 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt --editable
 NEEDS_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 	f"{sys.executable} is Python {v[0]}.{v[1]}. hf_opentrans needs Python 3.11 or newer.")
 
-.PHONY: help demo test results lint types format clean
+.PHONY: help demo test test-deploy results lint types format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), prune and segment, write demo-output/"
 	@echo "make test    install the test extra into $(VENV), run the tests"
+	@echo "make test-deploy  install the runtimes and the demo too, run their tests, slow ones as well"
 	@echo "make results measure the published figures (hours; goes on where it stopped)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   pyright"
@@ -29,7 +30,8 @@ demo: $(VENV)/.demo
 # place when all are done: interrupted, `make results` goes on where it stopped.
 SCENES := .results-scenes
 MEASURED := --model clip-scenes --images calibration --fidelity-images test --segmentation test --classification single
-results: $(VENV)/.demo
+RUNTIMES := --runtimes eager compile onnxruntime openvino --precision fp32 bf16 int8
+results: $(VENV)/.deploy-test
 	$(BIN)/hf-opentrans scenes --output $(SCENES)/calibration --count 512 --seed 1
 	$(BIN)/hf-opentrans scenes --output $(SCENES)/test --count 100 --names 40 --seed 2
 	$(BIN)/hf-opentrans scenes --output $(SCENES)/single --single --names 100 --count 4 --seed 3
@@ -45,18 +47,34 @@ results: $(VENV)/.demo
 		--json recovery-clip-scenes.json
 	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark transfer --model clip-scenes --dataset scenes \
 		--images calibration --resolution 80 --steps 200 --json transfer-clip-scenes.json
-	mv $(SCENES)/pruning-*.* $(SCENES)/ablation-clip-scenes.* $(SCENES)/layer-selection-*.* \
+	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark elastic --model clip-scenes --images calibration \
+		--fidelity-images test --segmentation test --json elastic-clip-scenes.json
+	cd $(SCENES) && ../$(BIN)/hf-opentrans prune clip-scenes --images calibration --keep 0.7 --output clip-scenes-keep-0.7
+	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark semi-structured --models clip-scenes clip-scenes-keep-0.7 \
+		--images calibration --segmentation test --json semi-structured-clip-scenes.json
+	cd $(SCENES) && ../$(BIN)/hf-opentrans benchmark latency --models clip-scenes clip-scenes-keep-0.7 $(RUNTIMES) \
+		--batch 1 --images calibration --segmentation test --json precisions-clip-scenes.json
+	mv $(SCENES)/elastic-*.* $(SCENES)/semi-*.* $(SCENES)/precisions-*.* $(SCENES)/pruning-*.* $(SCENES)/ablation-clip-scenes.* $(SCENES)/layer-selection-*.* \
 		$(SCENES)/recovery-*.* $(SCENES)/transfer-*.* model_cards/results/
 	$(BIN)/hf-opentrans benchmark spectra --json model_cards/results/spectra-vit.json
 	$(BIN)/hf-opentrans benchmark cold-start --json model_cards/results/cold-start.json
 	$(BIN)/hf-opentrans benchmark metric --rounds 9 --json model_cards/results/metric.json
 	$(BIN)/hf-opentrans benchmark cuts --repeats 7 --threads 1 --json model_cards/results/cuts.json
 	$(BIN)/hf-opentrans benchmark latency --json model_cards/results/latency-vit-b16.json
+	$(BIN)/hf-opentrans benchmark latency $(RUNTIMES) --keep 0.65 0.5 --rounds 7 --batch 1 8 --resolution 224 \
+		--json model_cards/results/runtimes-vit-b16.json
+	$(BIN)/hf-opentrans benchmark latency $(RUNTIMES) --keep 0.65 0.5 --rounds 7 --batch 1 --resolution 512 \
+		--json model_cards/results/runtimes-vit-b16-512.json
 	$(BIN)/hf-opentrans benchmark tables README.md model_cards/*.md
 
 # One thread per worker: two workers then fill two cores without fighting over them.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# The runtimes and the demo, in a run of its own: they are large, and `make test` must be quick.
+DEPLOY_TESTS := tests/deploy tests/app tests/test_cli_app.py tests/test_benchmark_runtimes.py
+test-deploy: $(VENV)/.deploy-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(DEPLOY_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -84,7 +102,7 @@ $(VENV)/.python:
 	@touch $@
 
 # Stamps: an extra is installed again only when its inputs change.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.python pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.test $(VENV)/.deploy-test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing hf_opentrans[$*] into $(VENV) (the first time takes some minutes)"
 	@$(INSTALL) ".[$*]"
 	@touch $@

@@ -3,11 +3,13 @@
 import importlib
 
 _PURPOSES = {
+    "app": "the page to click on",
     "bench": "comparing with other pruners",
     "demo": "drawing the demonstration scenes",
     "onnx": "the ONNX export",
     "openvino": "running and writing OpenVINO models",
     "peft": "LoRA fine-tuning",
+    "torchao": "int8 in PyTorch",
     "train": "training",
 }
 

@@ -12,15 +12,26 @@ _COLOURS = ("#4d4d4d", "#0072b2", "#c1121f", "#009e73", "#e69f00", "#7b4fa3")
 _HATCHES = ("", "//", "..", "xx", "--", "++")
 
 
-def runtime_table(rows: Sequence[RuntimeRow]) -> Table:
-    """Return header and cells; columns that were never measured, or are the same everywhere, are left out."""
+# How fast it is, and what it takes and keeps: the whole table is wider than a terminal.
+SPEED = ("runtime", "precision", "model", "batch", "px", "median", "speed-up", "MACs", "within", "of MACs")
+QUALITY = ("runtime", "precision", "model", "batch", "px", "size", "memory", "cosine", "to the first", "mIoU")
+
+
+def runtime_table(rows: Sequence[RuntimeRow], columns: Sequence[str] | None = None) -> Table:
+    """Return header and cells; columns that were never measured, or are the same everywhere, are left out.
+
+    Args:
+        rows: The rows.
+        columns: Which columns, such as `SPEED`. Defaults to all.
+    """
     lines = [_cells(row) for row in rows]
     names = list(lines[0]) if lines else []
     constant = {"batch", "px"} if len(rows) > 1 else set()
     shown = [
         name
         for name in names
-        if any(line[name] != "-" for line in lines)
+        if (columns is None or name in columns)
+        and any(line[name] != "-" for line in lines)
         and not (name in constant and len({line[name] for line in lines}) == 1)
     ]
     return shown, [[line[name] for name in shown] for line in lines]
@@ -34,11 +45,12 @@ def _cells(row: RuntimeRow) -> dict[str, str]:
     return {
         "runtime": row.runtime,
         "precision": row.precision,
-        "model": Path(row.model).name,
+        "model": _short(row.model),
         "batch": str(row.batch_size),
         "px": str(row.resolution),
         "median": f"{row.median_ms:,.1f} ms",
-        "speed-up (range)": f"{row.speed_up:.2f}x ({low:.2f}-{high:.2f})",
+        "speed-up": f"{row.speed_up:.2f}x",
+        "range": f"{low:.2f}-{high:.2f}",
         "MACs": f"{row.mac_ratio:.2f}x",
         "within": show(row.gain, ".2f", "x"),
         "of MACs": f"{row.efficiency:.0%}",
@@ -58,8 +70,8 @@ def runtime_notes(rows: Sequence[RuntimeRow], values: dict[str, Any]) -> list[st
         values: The whole object: its settings and what was not run.
     """
     notes = [
-        f"Speed-up: over {Path(rows[0].model).name} in eager fp32, median of {rows[0].rounds} paired rounds. "
-        f'"Within": over {Path(rows[0].model).name} in that runtime and precision; "of MACs": that as a share of the '
+        f"Speed-up: over {_short(rows[0].model)} in eager fp32, median of {rows[0].rounds} paired rounds. "
+        f'"Within": over {_short(rows[0].model)} in that runtime and precision; "of MACs": that as a share of the '
         'ratio of multiply-accumulates. "Cosine": of the final tokens to those of the same model in eager fp32. '
         "Memory: of a process that loads the model and runs it, with its libraries."
     ]
@@ -73,13 +85,18 @@ def runtime_notes(rows: Sequence[RuntimeRow], values: dict[str, Any]) -> list[st
         notes.append(f"What pruning gains inside each runtime, as a share of the ratio of MACs: {'; '.join(spans)}.")
         best = max((row for row in rows if row.model == last), key=lambda row: row.speed_up)
         notes.append(
-            f"The fastest way to run {Path(last).name}: {_setting(best.setting)}, {best.speed_up:.2f} times as fast."
+            f"The fastest way to run {_short(last)}: {_setting(best.setting)}, {best.speed_up:.2f} times as fast."
         )
     versions = values.get("settings", {}).get("runtime_versions", {})
     if versions and any(row.runtime in ("onnxruntime", "openvino") for row in rows):
         notes.append(f"With {', '.join(f'{name} {found}' for name, found in versions.items())}.")
     notes += [f"Not run: {x['runtime']} {x['precision']}. {x['reason']}" for x in values.get("not_run", ())]
     return notes
+
+
+def _short(model: str) -> str:
+    """Return the last part of a path; Hub ids and the names of random towers as they are."""
+    return Path(model).name if model.startswith(("/", ".", "~")) else model
 
 
 def _setting(setting: Setting) -> str:
@@ -124,7 +141,7 @@ def draw_runtimes(rows: Sequence[RuntimeRow], path: str | Path, *, title: str = 
                 color=_COLOURS[index % len(_COLOURS)],
                 hatch=_HATCHES[index % len(_HATCHES)],
                 edgecolor="white",
-                label=f"{Path(model).name} (MACs / {places[0][1].mac_ratio:.2f})" if places else Path(model).name,
+                label=f"{_short(model)} (MACs / {places[0][1].mac_ratio:.2f})" if places else _short(model),
             )
             for place, row in places:
                 axis.annotate(

@@ -119,6 +119,7 @@ def test_classes_on_both_sides_are_needed(study, seen):
         Study(study.clip, study.processor, study.train, study.evaluate, study.config, seen)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(tmp_path, base):
     target = tmp_path / "study.json"
     rules = ["--rules", "full", "alpha", "lora"]
@@ -146,6 +147,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, base):
     assert "Measured by `hf-opentrans" in published
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(tmp_path, base):
     target = tmp_path / "study.json"
     assert run(*base, "--rules", "head", "--json", target)[0] == 0

@@ -238,6 +238,7 @@ def test_runs_cover_methods_budgets_and_seeds_once():
     assert sweep.config == PruningConfig(keep=0.5, seed=3, num_images=8)  # the method as it is
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_goes_on(tmp_path, engine, benchmark):
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     results, _ = benchmark(whole, RUNS)
@@ -266,6 +267,7 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, engine, benchmark):
     assert (engine.calls, said) == ([], ["8 runs: 8 in the file already, 0 to do."])
 
 
+@pytest.mark.slow
 def test_latencies_come_last_and_can_be_measured_again(tmp_path, engine, benchmark, segmenter):
     path = tmp_path / "a.json"
     engine.stop_after = 3
@@ -319,6 +321,7 @@ def test_a_file_with_other_settings_is_refused(tmp_path, engine, benchmark, monk
         ResultFile(path, {"model": "tiny", "mode": None}, "")
 
 
+@pytest.mark.slow
 def test_runs_without_a_model_are_noted_and_tried_again(tmp_path, engine, benchmark):
     def refuse(config):
         if config.keep < 0.6 and config.method == "obs":

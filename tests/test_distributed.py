@@ -125,6 +125,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path, tiny_clip, images):
     pytest.importorskip("accelerate")
     tiny_clip.save_pretrained(tmp_path / "dense")

@@ -326,6 +326,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_count_what_one_counts(parts, data, tmp_path, tiny_clip_folder):
     pytest.importorskip("accelerate")
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -69,6 +69,7 @@ def test_notebooks_hold_no_output_and_end_with_a_picture(path):
     assert "figure.savefig(" in "".join(cells[-1]["source"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(FEW_IMAGES)
 def test_prune_and_segment(work, capsys):
     names = run("01_prune_and_segment.ipynb", NUM_IMAGES=16, NUM_TESTS=4, ROUNDS=3)
@@ -86,6 +87,7 @@ def test_prune_and_segment(work, capsys):
     check_picture("dense-and-pruned.png")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(FROM_PEFT)
 def test_spectral_finetuning(work, capsys):
     names = run("02_spectral_finetuning.ipynb", RESOLUTION=64, TRAIN=24, TEST=6, STEPS=10, BATCH_SIZE=4)
@@ -170,6 +172,7 @@ json.dump({"own_id": own_id, "refused": refused, "found": found, "commit": commi
 """
 
 
+@pytest.mark.slow
 def test_publish_to_the_hub(work, monkeypatch):
     monkeypatch.syspath_prepend(TESTS)
     server = importlib.import_module("hub_server")

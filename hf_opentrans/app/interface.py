@@ -20,7 +20,8 @@ _OPACITY = 0.6
 _WAITING = 32  # visitors in the queue, at most
 _CSS = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important}
-#figures table {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0}
+#figures table {width: 100%; margin: 0; border: none !important; border-collapse: collapse}
+#figures td {font-variant-numeric: tabular-nums}
 #figures tr, #figures th, #figures td {border: none; background: none}
 #figures th, #figures td {padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--border-color-primary)}
 #figures th:first-child, #figures td:first-child {text-align: left}
@@ -80,14 +81,18 @@ def build_interface(service: SegmentationService, sources: Sources) -> Any:
             ]
         outputs.append(gr.HTML(_placeholder(), elem_id="figures"))
         gr.Markdown(_limits(), elem_id="limits")
-        run = _runner(service)
-        again = {"trigger_mode": "always_last", "concurrency_limit": 1}  # what is asked last is answered
-        gr.on([button.click, classes.submit], run, inputs, outputs, api_name="segment", **again)
-        quiet = _runner(service, is_quiet=True)
-        changed = [budget.change, mode.change, upload.change]
-        gr.on(changed, quiet, inputs, outputs, api_visibility="private", **again)
-        if examples:
-            blocks.load(quiet, inputs, outputs, api_visibility="private", concurrency_limit=1)
+        # One event for all: of several, an answer to what was asked earlier could come last and stay.
+        asked = [button.click, classes.submit, budget.change, mode.change, upload.change]
+        asked += [blocks.load] if examples else []
+        gr.on(
+            asked,
+            _runner(service),
+            inputs,
+            outputs,
+            api_name="segment",
+            trigger_mode="always_last",
+            concurrency_limit=1,
+        )
     return blocks
 
 
@@ -259,12 +264,12 @@ def _slider(service: SegmentationService) -> Any:
     )
 
 
-def _runner(service: SegmentationService, *, is_quiet: bool = False) -> Any:
+def _runner(service: SegmentationService) -> Any:
     """Return what events call: the answer as values of the outputs, or an error that the visitor reads."""
     import gradio as gr
 
     def run(picture: str | None, classes: str, budget: float, mode: str) -> tuple[Any, ...]:
-        if is_quiet and picture is None:  # the picture was taken away: nothing to say
+        if picture is None:  # not yet there, or taken away
             return None, None, _placeholder()
         try:
             answer = service.answer(picture, classes, budget, mode)
@@ -309,7 +314,7 @@ def _mega(side: Side) -> str:
 
 
 def _placeholder() -> str:
-    return "<p>The figures of both models appear here.</p>"
+    return "<p>Upload a picture, or choose an example. The figures of both models appear here.</p>"
 
 
 def _limits() -> str:

@@ -157,8 +157,11 @@ def _copy_package(folder: Path) -> None:
 
 
 def _card(values: dict[str, Any], sources: Sources) -> str:
-    is_embedded = sources.credit == CREDIT
+    given = [name for name in (sources.model, sources.dense) if name is not None]
+    is_embedded = any(Path(resolve_model(name)) == embedded_folder() for name in given)
     on_hub = [name for kind in ("model", "dense") if (name := values[kind]) not in (None, kind)]
+    # Folders of other models lie beside the code, and only their authors know the licence.
+    own = "apache-2.0" if len(on_hub) == len(given) else "other"
     front = {
         "title": "Pruned open-vocabulary segmentation",
         "emoji": "\u2702\ufe0f",
@@ -169,7 +172,7 @@ def _card(values: dict[str, Any], sources: Sources) -> str:
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "pinned": False,
-        "license": "cc-by-sa-4.0" if is_embedded else "apache-2.0",
+        "license": "cc-by-sa-4.0" if is_embedded else own,
         "short_description": "Dense and pruned CLIP side by side, any classes",
     }
     if on_hub:

@@ -12,7 +12,7 @@ from hf_opentrans._fingerprints import model_fingerprint
 from hf_opentrans.benchmark_rows import fingerprint
 from hf_opentrans.benchmark_runtime_plan import KINDS, RUNTIMES, RuntimeRow, plan_settings
 from hf_opentrans.benchmark_runtime_quality import RuntimeScores
-from hf_opentrans.benchmark_runtime_tables import draw_runtimes, runtime_notes, runtime_table
+from hf_opentrans.benchmark_runtime_tables import QUALITY, SPEED, draw_runtimes, runtime_notes, runtime_table
 from hf_opentrans.benchmark_runtimes import RuntimeFile, Towers, run_benchmark, runtime_versions
 from hf_opentrans.benchmarks import synthetic_towers
 from hf_opentrans.cli._common import command_line, err, guarded, out, show_table, usage
@@ -123,7 +123,8 @@ def _say(line: str) -> None:
 
 def _show(results: RuntimeFile, json_file: Path | None) -> None:
     rows: list[RuntimeRow] = results.rows
-    show_table(runtime_table(rows), title="Vision tower, paired interleaved runs")
+    show_table(runtime_table(rows, SPEED), title="Vision tower, paired interleaved runs")
+    show_table(runtime_table(rows, QUALITY), title="What it takes, and what it keeps")
     values = {"settings": results.settings, **results.more()}
     for note in runtime_notes(rows, values):
         out.print(escape(note), soft_wrap=True, highlight=False)

@@ -13,28 +13,36 @@ from .segmenter import (
     TorchExportSegmenter,
     load_exported,
 )
+from .semi_structured import SemiStructuredModel, to_semi_structured
 from .sessions import PRECISIONS
+from .torchao import TORCHAO_PRECISIONS, Int8Layers, int8_layers, quantize_torchao
 from .vocabularies import load_vocabulary, read_vocabulary, save_vocabulary
 
 __all__ = [
     "EXPORT_FILE",
     "LIMITS",
     "PRECISIONS",
+    "TORCHAO_PRECISIONS",
     "ExportConfig",
     "ExportRecord",
     "ExportedModel",
     "ExportedSegmenter",
     "ExportedTower",
+    "Int8Layers",
     "OnnxSegmenter",
     "OpenVINOSegmenter",
     "Parity",
+    "SemiStructuredModel",
     "TorchExportSegmenter",
     "export_model",
+    "int8_layers",
     "load_exportable",
     "load_exported",
     "load_vocabulary",
+    "quantize_torchao",
     "read_vocabulary",
     "save_vocabulary",
     "supports_bfloat16",
     "to_bfloat16",
+    "to_semi_structured",
 ]

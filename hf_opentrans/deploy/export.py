@@ -385,6 +385,11 @@ def _check_model(model: Any, config: ExportConfig, vocabulary: Vocabulary | None
             f"The model is in {state}. It must be in evaluation mode, in float32, on the CPU. Call "
             "model.eval().float().cpu()."
         )
+    if config.format == "openvino" and isinstance(model, MaskQueriesModel):
+        raise ValueError(
+            f"format is 'openvino', and the model is a {type(model).__name__}. OpenVINO computes other masks than its "
+            "masked attention does. Use onnx or torch-export."
+        )
     if config.mode is not None and not isinstance(model, DenseCLIPForSegmentation):
         raise ValueError(
             f"mode is {config.mode!r}, and the model is a {type(model).__name__}. Only a training-free segmenter has "

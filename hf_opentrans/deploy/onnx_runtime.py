@@ -69,6 +69,8 @@ class OnnxSession:
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError(f"{str(path)!r} is empty. It must be an ONNX graph. Copy or export the model again.")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except (errors.InvalidProtobuf, errors.InvalidGraph, errors.NoSuchFile) as err:

@@ -20,6 +20,10 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
 _OPTIONAL = {"ensemble"}
 _CHUNK = 2**20
 
+# What the fields must be in the file, of those that loading depends on.
+_KINDS = {"image_size": list, "inputs": list, "outputs": list, "folded": list, "files": dict, "patch_size": int}
+_KINDS |= {"format": str, "precision": str, "model_class": str, "templates": str}
+
 
 @dataclass(frozen=True)
 class ExportRecord:
@@ -114,6 +118,12 @@ class ExportRecord:
                 f"{str(path)!r} has the layout {found!r}. This version of hf_opentrans reads layout {SCHEMA} with the "
                 f"fields {', '.join(sorted(known))}. Export the model again."
             )
+        wrong = [name for name, kind in _KINDS.items() if not isinstance(values[name], kind)]
+        if wrong or len(values["image_size"]) != 2 or not all(map(_is_file_entry, values["files"].values())):
+            raise ValueError(
+                f"{str(path)!r} is damaged: {', '.join(wrong or ['image_size or files'])} cannot be read. It must be "
+                "as `hf-opentrans export` wrote it. Copy it again, or export the model again."
+            )
         if values["format"] not in SUFFIXES:
             raise ValueError(
                 f"{str(path)!r} names the format {values['format']!r}. It must be one of {', '.join(SUFFIXES)}. "
@@ -149,6 +159,10 @@ class ExportRecord:
                     f"{str(path)!r} was changed or is damaged: its SHA-256 is not the one in {EXPORT_FILE}. "
                     "Copy the file again, or export the model again."
                 )
+
+
+def _is_file_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -278,21 +278,23 @@ def _latency(ledger: Ledger, file: str | None) -> Table | None:
     if file is None:
         return None
     lines = []
+    header = ("vision tower", "batch", "side", "median time", "times as fast (range)", "ratio of MACs", "threads")
     for index in range(len(ledger.documents[file]["rows"])):
         place = (file, "rows", index)
         span = [ledger.number(*place, "speed_up_range", end, spec=".2f") for end in (0, 1)]
-        lines.append(
-            (
-                ledger.text(*place, "model", rule="name"),
-                ledger.number(*place, "batch_size", spec="d"),
-                ledger.number(*place, "resolution", spec="d", unit=" px"),
-                ledger.number(*place, "median_ms", spec=".2f", unit=" ms"),
-                f"{ledger.number(*place, 'speed_up', spec='.2f')} ({span[0]} to {span[1]})",
-                ledger.number(*place, "mac_ratio", spec=".2f"),
-                ledger.number(*place, "threads", spec="d"),
-            )
+        line = (
+            ledger.text(*place, "model", rule="name"),
+            ledger.number(*place, "batch_size", spec="d"),
+            ledger.number(*place, "resolution", spec="d", unit=" px"),
+            ledger.number(*place, "median_ms", spec=".2f", unit=" ms"),
+            f"{ledger.number(*place, 'speed_up', spec='.2f')} ({span[0]} to {span[1]})",
+            ledger.number(*place, "mac_ratio", spec=".2f"),
+            ledger.number(*place, "threads", spec="d"),
         )
-    header = ("vision tower", "batch", "side", "median time", "times as fast (range)", "ratio of MACs", "threads")
+        if ledger.has(*place, "runtime"):  # older files are of eager PyTorch alone, and do not say so
+            runtime = f"{ledger.text(*place, 'runtime')} {ledger.text(*place, 'precision')}"
+            line, header = (line[0], runtime, *line[1:]), ("vision tower", "runtime", *header[-6:])
+        lines.append(line)
     return header, tuple(lines)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 from hf_opentrans._fingerprints import model_fingerprint
 from hf_opentrans.benchmark_evaluation import EvaluationRow
-from hf_opentrans.benchmarks import LatencyRow
+from hf_opentrans.benchmark_runtime_plan import RuntimeRow
 from hf_opentrans.loading import load_segmenter
 from hf_opentrans.models.auto_segmentation import SEGMENTERS
 from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig
@@ -243,7 +243,7 @@ def _own_rows(
 def _read_latency(path: Path, folder: Path) -> dict[str, Any]:
     values = _read_json(path)
     try:
-        rows = [LatencyRow(**row) for row in values["rows"]]
+        rows = [RuntimeRow(**row) for row in values["rows"]]
         environment = values["environment"]["versions"]
     except (KeyError, TypeError) as err:
         raise ValueError(

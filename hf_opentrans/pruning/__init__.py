@@ -8,6 +8,12 @@ from .nominal import NominalAccount, nominal_account
 from .plan import LayerPlan, PruningConfig, PruningPlan
 from .prune import PruningResult, prune_model
 from .report import LayerReport, PruningReport
+from .semi_structured import (
+    SemiStructuredConfig,
+    SemiStructuredReport,
+    SemiStructuredResult,
+    prune_semi_structured,
+)
 from .subnetwork import Subnetwork
 from .surgery import apply_masks, slice_model, to_sparse
 from .transfer import TransferReport, TransferResult
@@ -27,6 +33,9 @@ __all__ = [
     "PruningPlan",
     "PruningReport",
     "PruningResult",
+    "SemiStructuredConfig",
+    "SemiStructuredReport",
+    "SemiStructuredResult",
     "Subnetwork",
     "TransferReport",
     "TransferResult",
@@ -37,6 +46,7 @@ __all__ = [
     "prune_channels",
     "prune_elastic",
     "prune_model",
+    "prune_semi_structured",
     "save_transferred",
     "slice_model",
     "to_sparse",

@@ -4,7 +4,6 @@ import gc
 import html
 import os
 import socket
-import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_opentrans.app.interface import SHOWN_CLASSES, build_interface, figures, free_port, overlay
+from hf_opentrans.app.interface import SHOWN_CLASSES, _placeholder, build_interface, figures, free_port, overlay
 from hf_opentrans.app.preparation import Sources
 from hf_opentrans.app.service import SegmentationService
 from hf_opentrans.models.segmentation_result import SegmentationResult, class_colour
 
+# Gradio leaves event loops and their sockets behind that nobody closes.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 EVIL = "<img src=x onerror=alert(1)>"
 
 
@@ -29,13 +30,15 @@ def _gradio():
 
 
 def _build(service, sources):
-    """Build the page; Gradio leaves event loops behind that nobody closes, and Python would complain later."""
     _gradio()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        page = build_interface(service, sources)
-        gc.collect()
-    return page
+    return build_interface(service, sources)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect():
+    """Free what Gradio left behind while its warnings are still expected, not in somebody else's test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,10 @@ def test_a_click_gives_both_sides_and_the_figures(page, picture):
     assert reference.label.startswith("Dense: ")
     assert pruned.label.startswith("Pruned, budget 0.4: ")
     assert "of the pixels" in table
+
+
+def test_without_a_picture_the_page_says_what_to_do(page):
+    assert _run(page)(None, "cat", 0.6, "whole") == (None, None, _placeholder())
 
 
 @pytest.mark.parametrize(

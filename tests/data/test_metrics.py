@@ -321,6 +321,7 @@ sys.exit(max(process.exitcode != 0 for process in ran))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(metrics.__file__).parents[2])}

@@ -185,6 +185,10 @@ def test_damaged_folders(fixed_folder, tmp_path):
         (lambda folder: (folder / EXPORT_FILE).write_text("{"), ValueError, "is not valid JSON"),
         (lambda folder: rewrite(folder, schema=99), ValueError, "has the layout 99"),
         (lambda folder: rewrite(folder, format="coreml"), ValueError, "names the format 'coreml'"),
+        (lambda folder: rewrite(folder, outputs=None), ValueError, "is damaged: outputs cannot be read"),
+        (lambda folder: rewrite(folder, files=3), ValueError, "is damaged: files cannot be read"),
+        (lambda folder: rewrite(folder, image_size=[32]), ValueError, "is damaged: image_size or files"),
+        (lambda folder: rewrite(folder, files={"model.pt2": 1}), ValueError, "is damaged: image_size or files"),
         (lambda folder: (folder / EXPORT_FILE).unlink(), FileNotFoundError, "There is no export.json"),
     ]
     for number, (damage, error, message) in enumerate(cases):
@@ -193,9 +197,10 @@ def test_damaged_folders(fixed_folder, tmp_path):
         damage(folder)
         with pytest.raises(error, match=message):
             load_exported(folder)
-    truncate(whole)
-    with pytest.raises(ValueError, match="is no graph that torch"):
-        load_exported(whole, check=False)
+    for content in (b"", b"no zip", (whole / "model.pt2").read_bytes()[:-1000]):
+        (whole / "model.pt2").write_bytes(content)
+        with pytest.raises(ValueError, match="is no graph that torch"):
+            load_exported(whole, check=False)
 
 
 def test_another_class_or_precision(fixed_folder):

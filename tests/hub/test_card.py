@@ -18,6 +18,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from hf_opentrans import PruningConfig, SparseCLIPModel, find_protocol, prune_model
 from hf_opentrans.benchmark_evaluation import EvaluationRow
+from hf_opentrans.benchmark_runtime_plan import RuntimeRow
 from hf_opentrans.benchmarks import environment, paired_latency
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.evaluation_protocols import Protocol
@@ -77,7 +78,8 @@ def made(tmp_path_factory, tiny_clip_config, tiny_tokenizer, tiny_image_processo
         str(root / name): SparseCLIPModel.from_pretrained(root / name).vision_model
         for name in ("dense", "tiny-pruned")
     }
-    times = [row.to_dict() for size in (1, 2) for row in paired_latency(towers, batch_size=size, rounds=3)]
+    rows = [row for size in (1, 2) for row in paired_latency(towers, batch_size=size, rounds=3)]
+    times = [RuntimeRow(**row.to_dict(), runtime="openvino", precision="int8-weights").to_dict() for row in rows]
     values = {"command": "hf-opentrans benchmark latency", "seed": 0, "rows": times, "environment": environment()}
     (root / "times.json").write_text(json.dumps(values))
     return root
@@ -152,6 +154,7 @@ def test_every_number_of_the_card_is_found_in_the_report_that_it_came_from(made)
 def test_a_number_that_was_typed_in_is_noticed(made):
     facts = collect_facts(made / "tiny-pruned", **options(made))
     card = build_card(made / "tiny-pruned", **options(made))
+    assert "openvino int8-weights" in card.text
     assert uncited_numbers(f"{card}\nIt is 3.7 times as fast.\n", facts.citations) == ["3.7"]
     card.text += "\nIt is 3.7 times as fast.\n"
     with pytest.raises(ValueError, match=r"the number 3\.7 has no source\. .* Correct it\."):

@@ -388,6 +388,7 @@ save_file({name: value.contiguous() for name, value in outputs.items()}, f"{fold
 """
 
 
+@pytest.mark.slow
 def test_budgets_can_be_set_where_the_package_is_missing(tmp_path, make):
     pixels, expected = torch.randn(2, 3, 32, 32), {}
     for kind in ("clip", "segmenter"):
