@@ -253,7 +253,7 @@ def _slider(service: SegmentationService) -> Any:
     thousandths = [round(1000 * each) for each in budgets]
     step = np.gcd.reduce([thousandths[0] - each for each in thousandths]) / 1000
     return gr.Slider(
-        budgets[-1],
+        budgets[-1] if len(budgets) > 1 else 0.0,  # Gradio refuses a range of one value, also of what is hidden
         budgets[0],
         value=budgets[len(budgets) // 2],
         step=step or 0.1,
@@ -272,7 +272,7 @@ def _runner(service: SegmentationService) -> Any:
         if picture is None:  # not yet there, or taken away
             return None, None, _placeholder()
         try:
-            answer = service.answer(picture, classes, budget, mode)
+            answer = service.answer(picture, classes, budget if service.budgets else None, mode)
         except (ValueError, TypeError, OSError) as err:
             raise gr.Error(escape(_told(err)), duration=None, print_exception=False) from err
         shown = []

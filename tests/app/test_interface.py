@@ -130,12 +130,13 @@ def test_a_file_that_vanished_tells_no_path(page, tmp_path):
     assert str(tmp_path) not in caught.value.message
 
 
-def test_the_slider_stops_at_budgets_and_hides_without_them(page, folders):
+def test_the_slider_stops_at_budgets_and_hides_without_them(page, folders, picture):
     slider = next(block for block in page.blocks.values() if block.elem_id == "budget")
     assert (slider.minimum, slider.maximum, slider.step, slider.value) == (0.4, 0.8, 0.2, 0.6)
     plain = SegmentationService.load(folders[1], folders[1])
     other = _build(plain, Sources("dense", "dense"))
     assert not next(block for block in other.blocks.values() if block.elem_id == "budget").visible
+    assert "of the pixels" in _run(other)(str(picture), "cat; dog", 1.0, "whole")[2]
 
 
 def test_a_taken_port_is_refused_and_zero_finds_one():
