@@ -16,7 +16,7 @@ NEEDS_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 
 help:
 	@echo "make demo    install into $(VENV), prune and segment, write demo-output/"
 	@echo "make test    install the test extra into $(VENV), run the tests"
-	@echo "make test-deploy  install the runtimes and the demo too, run their tests, slow ones as well"
+	@echo "make test-deploy  install the runtimes and the demo too, run their tests"
 	@echo "make results measure the published figures (hours; goes on where it stopped)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   pyright"
@@ -74,14 +74,14 @@ test: $(VENV)/.test
 # The runtimes and the demo, in a run of its own: they are large, and `make test` must be quick.
 DEPLOY_TESTS := tests/deploy tests/app tests/test_cli_app.py tests/test_benchmark_runtimes.py
 test-deploy: $(VENV)/.deploy-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(DEPLOY_TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(DEPLOY_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Pyright reads the installed packages, so it needs the test extra too.
-types: $(VENV)/.test $(VENV)/.dev
+# Pyright reads the installed packages, so it needs what all tests need.
+types: $(VENV)/.deploy-test $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev

@@ -114,7 +114,8 @@ def plan_settings(
         for value in values:
             if value not in allowed:
                 raise ValueError(f"{option} has {value!r}. It must be one of {', '.join(allowed)}. Correct it.")
-    pairs, missing = [], []
+    pairs: list[tuple[str, str]] = []
+    missing: list[NotRun] = []
     for runtime, wanted in product(dict.fromkeys(runtimes), dict.fromkeys(precisions)):
         for precision in _kinds(runtime, wanted):
             reason = _obstacle(runtime, precision)
@@ -127,7 +128,8 @@ def plan_settings(
         reasons = " ".join(f"{found.runtime} {found.precision}: {found.reason}" for found in missing)
         raise ValueError(f"Nothing of what was asked for can be run here. {reasons} Choose others.")
     sides = sorted(set(resolutions))
-    found = [Setting(*pair, batch, side) for side in sides for batch in sorted(set(batches)) for pair in pairs]
+    shapes = [(batch, side) for side in sides for batch in sorted(set(batches))]
+    found = [Setting(runtime, precision, *shape) for shape in shapes for runtime, precision in pairs]
     return found, missing
 
 

@@ -179,7 +179,7 @@ def run_benchmark(
     *,
     rounds: int,
     threads: int,
-    say: Callable[[str], None] = str,
+    say: Callable[[str], object] = str,
     memory: bool = True,
 ) -> None:
     """Measure all models in all settings that the file does not hold yet; a setting is written when it is done.

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_graphs_are_the_models(towers, runtime):
     run_benchmark(
         towers, [Setting(runtime, kind, 2, 32) for kind in kinds], results, rounds=3, threads=1, memory=False
     )
-    rows = {(row.model, row.precision): row for row in results.rows}
+    rows: dict[Any, Any] = {(row.model, row.precision): row for row in results.rows}
     assert len(rows) == 2 * len(kinds)
     for (name, precision), row in rows.items():
         assert row.cosine == pytest.approx(1, abs=1e-6 if precision == "fp32" else 0.02), (name, precision)

@@ -2,6 +2,7 @@
 
 import importlib
 import socket
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -23,7 +24,7 @@ class _Page:
 @pytest.fixture
 def calls(monkeypatch):
     """Replace everything that needs gradio or a model; return what was called."""
-    found = {"page": _Page()}
+    found: dict[str, Any] = {"page": _Page()}
     monkeypatch.setattr(module, "require", lambda *names: None)
     monkeypatch.setattr(module.SegmentationService, "load", lambda *names: found.setdefault("loaded", names))
     monkeypatch.setattr(module, "build_interface", lambda service, sources: found["page"])

@@ -2,7 +2,7 @@
 
 import socket
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def build_interface(service: SegmentationService, sources: Sources) -> Any:
             gallery = _gallery(examples, sources.credit)
             gallery.click(_choice(examples), gallery, [upload, classes], api_visibility="private")
         with gr.Row():
-            outputs = [
+            outputs: list[Any] = [
                 gr.AnnotatedImage(label=name, elem_id=side, format="png", height=420, min_width=320)
                 for name, side in ((left, "reference"), (right, "pruned"))
             ]
@@ -130,7 +130,7 @@ def serve(
         prevent_thread_lock=True,
         max_file_size=MOST_BYTES,
         allowed_paths=sorted({str(example.path.resolve()) for example in sources.examples}),
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=cast("Any", gr).themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         footer_links=[],
         ssr_mode=False,
@@ -249,7 +249,7 @@ def _choice(examples: tuple[Example, ...]) -> Any:
 def _slider(service: SegmentationService) -> Any:
     import gradio as gr
 
-    budgets = service.budgets or (1.0,)
+    budgets: list[float] = list(service.budgets) or [1.0]
     thousandths = [round(1000 * each) for each in budgets]
     step = np.gcd.reduce([thousandths[0] - each for each in thousandths]) / 1000
     return gr.Slider(
@@ -277,7 +277,7 @@ def _runner(service: SegmentationService) -> Any:
             raise gr.Error(escape(_told(err)), duration=None, print_exception=False) from err
         shown = []
         for side in (answer.reference, answer.pruned):
-            value, colours = overlay(side.result)
+            value, colours = cast("Any", overlay(side.result))
             shown.append(gr.AnnotatedImage(value, color_map=colours, label=_title(side)))
         return (*shown, figures(answer))
 

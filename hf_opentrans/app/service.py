@@ -117,7 +117,7 @@ class SegmentationService:
     ) -> None:
         """Keep the models; nothing runs yet."""
         self._model, self._processor = model.eval(), processor
-        self.budgets = tuple(model.budgets) if isinstance(model, ElasticCLIPForSegmentation) else ()
+        self.budgets: tuple[float, ...] = tuple(model.budgets) if isinstance(model, ElasticCLIPForSegmentation) else ()
         self.has_dense = reference is not None
         if reference is None:
             if not self.budgets:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -73,7 +73,7 @@ def benchmark_latency(
     values["models"] = {name: model_fingerprint(tower) for name, tower in towers.items()}
     values["runtime_versions"] = runtime_versions()
     with usage():
-        sides = resolution or [next(iter(towers.values())).config.image_size]
+        sides: list[int] = resolution or [cast("int", next(iter(towers.values())).config.image_size)]
         settings, not_run = plan_settings(runtimes, precision, batch, sides)
         results = RuntimeFile(json_file, values, command_line())
     results.not_run = not_run

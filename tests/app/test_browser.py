@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.request
 from importlib.util import find_spec
+from typing import IO, cast
 
 import pytest
 
@@ -43,7 +44,7 @@ def address(folders, tmp_path_factory):
             [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=written, text=True, cwd=log.parent
         )
     try:
-        line = process.stdout.readline()
+        line = cast("IO[str]", process.stdout).readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, f"the server said {line!r}; {log.read_text()}"
         yield found[0]
@@ -51,7 +52,7 @@ def address(folders, tmp_path_factory):
     finally:
         process.terminate()
         process.wait(20)
-        process.stdout.close()
+        cast("IO[str]", process.stdout).close()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import struct
 import threading
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ CLASSES = "cat; sofa, couch; wall; sky; dog"
 
 
 def _expected(folder, picture, budget=None):
+    model: Any
     model, processor = load_segmenter(folder)
     if budget is not None:
         model.set_budget(budget)
@@ -47,7 +49,7 @@ def test_figures_are_counted_and_timed(service, folders, tmp_path, monkeypatch):
     square = tmp_path / "square.png"
     Image.new("RGB", (40, 40), "red").save(square)
     answer = service.answer(square, CLASSES, 0.6)
-    model, _ = load_segmenter(folders[0])
+    model: Any = load_segmenter(folders[0])[0]
     model.set_budget(0.6)
     assert answer.pruned.macs == count_macs(model.vision_model.config)  # 40 pixels become the model's 32
     weights = list(model.vision_model.parameters())
