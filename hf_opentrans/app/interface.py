@@ -130,7 +130,9 @@ def serve(
         prevent_thread_lock=True,
         max_file_size=MOST_BYTES,
         allowed_paths=sorted({str(example.path.resolve()) for example in sources.examples}),
-        theme=cast("Any", gr).themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=cast("Any", gr).themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css=_CSS,
         footer_links=[],
         ssr_mode=False,
