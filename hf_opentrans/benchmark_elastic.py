@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -20,7 +21,7 @@ from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcess
 from hf_opentrans.pruning.calibration import list_images
 from hf_opentrans.pruning.elastic import HELD_OUT_SHARE, MOST_HELD_OUT, check_shares, make_elastic, prune_elastic
 from hf_opentrans.pruning.elastic_order import Layers, cut_model
-from hf_opentrans.pruning.latency_timing import milliseconds
+from hf_opentrans.pruning.latency_timing import interleave, milliseconds
 from hf_opentrans.pruning.plan import PruningConfig
 
 DENSE, ELASTIC, SINGLE, RANDOM = WAYS = ("dense", "elastic", "single", "random")
@@ -389,14 +390,11 @@ def measure_times(
 
 def _switch_times(elastic: ElasticCLIPForSegmentation) -> dict[float, float]:
     """Return the median milliseconds of `set_budget`, each from the next larger budget (the largest from the last)."""
-    times: dict[float, list[float]] = {budget: [] for budget in elastic.budgets}
-    if len(times) == 1:
+    if len(elastic.budgets) == 1:
         return {elastic.budget: milliseconds(lambda: elastic.set_budget(elastic.budget), elastic.device)}
-    for turn in range(SWITCH_ROUNDS + 1):
-        for budget in (*elastic.budgets[1:], elastic.budgets[0]):
-            taken = milliseconds(lambda budget=budget: elastic.set_budget(budget), elastic.device)
-            if turn:  # the first warms up
-                times[budget].append(taken)
+    order = (*elastic.budgets[1:], elastic.budgets[0])
+    switches = {budget: partial(elastic.set_budget, budget) for budget in order}
+    times = interleave(switches, SWITCH_ROUNDS, device=elastic.device)
     return {budget: statistics.median(taken) for budget, taken in times.items()}
 
 
@@ -408,10 +406,4 @@ def _load_times(root: Path, budget: float) -> dict[str, float]:
         "alone_ms": lambda: ElasticCLIPForSegmentation.from_pretrained(elastic, budget=budget, **SAFE),
         "plain_ms": lambda: DenseCLIPForSegmentation.from_pretrained(plain, **SAFE),
     }
-    times: dict[str, list[float]] = {name: [] for name in loads}
-    for turn in range(LOAD_ROUNDS + 1):
-        for name, run in loads.items():
-            taken = milliseconds(run, torch.device("cpu"))
-            if turn:
-                times[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: statistics.median(taken) for name, taken in interleave(loads, LOAD_ROUNDS).items()}

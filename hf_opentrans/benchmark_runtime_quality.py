@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,10 +58,15 @@ class RuntimeScores:
                 self._known[key], self.refused[name, runtime, precision] = None, str(err)
         return self._known[key]
 
+    @cached_property
+    def _samples(self) -> list[tuple[Any, Any]]:
+        """Images and masks, read once for all models and precisions."""
+        return list(folder_samples(self.data, self.limit))
+
     def _measure(self, name: str, runtime: str, precision: str) -> float:
         model, processor = load_dense_clip(name)
         names = self.data.class_names
-        samples = list(folder_samples(self.data, self.limit))
+        samples = self._samples
         if runtime not in FORMATS:
             used: Any = to_bfloat16(model) if precision == "bf16" else model
             return evaluate_segmentation(used, processor, samples, names).mean_iou

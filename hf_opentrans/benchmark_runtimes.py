@@ -19,7 +19,7 @@ from hf_opentrans.benchmark_runtime_memory import peak_memory
 from hf_opentrans.benchmark_runtime_plan import FORMATS, NotRun, RuntimeRow, Setting
 from hf_opentrans.benchmark_runtime_quality import RuntimeScores
 from hf_opentrans.deploy.onnx_runtime import write_onnx
-from hf_opentrans.deploy.openvino_runtime import convert_openvino, write_openvino
+from hf_opentrans.deploy.openvino_runtime import convert_openvino, import_openvino, write_openvino
 from hf_opentrans.deploy.quantization import (
     compress_openvino_weights,
     quantize_onnx_dynamic,
@@ -29,7 +29,7 @@ from hf_opentrans.deploy.quantization import (
 from hf_opentrans.deploy.sessions import open_session
 from hf_opentrans.deploy.tracing import Traced, trace
 from hf_opentrans.deploy.wrappers import PIXELS, TowerGraph
-from hf_opentrans.pruning.latency_timing import milliseconds
+from hf_opentrans.pruning.latency_timing import interleave
 from hf_opentrans.pruning.macs import count_macs
 
 WARMUP = 2
@@ -38,7 +38,6 @@ SETTLE_SECONDS = 0.03
 CALIBRATION_IMAGES, FIDELITY_IMAGES = 16, 4
 _SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 _VERSIONS = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
-_CPU = torch.device("cpu")
 Pass = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -84,12 +83,12 @@ class Towers:
         return folder
 
     def graph(self, name: str, runtime: str, precision: str, side: int) -> Path:
-        """Return the file of a model's graph; written in all precisions of float32 weights at once.
+        """Return the file of a model's graph, written when it is first asked for.
 
         Raises:
             RuntimeError: If the model has no graph in that format.
         """
-        stem = f"{self.saved(name).name}-{side}"
+        stem = f"{self.saved(name).name}-{side}-{runtime}"
         kind = "int8-weights" if precision.startswith("int8-weights") else precision
         kind = "fp32" if runtime == "openvino" and precision == "bf16" else kind
         path = self.folder / f"{stem}-{kind}{_SUFFIXES[runtime]}"
@@ -98,18 +97,20 @@ class Towers:
         return path
 
     def _write(self, name: str, runtime: str, kind: str, side: int, path: Path) -> None:
-        if runtime == "openvino":
-            model = convert_openvino(self._traced(name, side))
-            write_openvino(compress_openvino_weights(model) if kind == "int8-weights" else model, path)
-        elif kind == "fp32":
+        if kind == "fp32" and runtime == "openvino":
+            write_openvino(convert_openvino(self._traced(name, side)), path)
+            return
+        if kind == "fp32":
             write_onnx(self._traced(name, side), path)
+            return
+        plain = self.graph(name, runtime, "fp32", side)
+        if kind == "int8-weights":
+            write_openvino(compress_openvino_weights(import_openvino().Core().read_model(str(plain))), path)
+        elif kind == "int8-dynamic":
+            quantize_onnx_dynamic(plain, path)
         else:
-            plain = self.graph(name, runtime, "fp32", side)
-            if kind == "int8-dynamic":
-                quantize_onnx_dynamic(plain, path)
-            else:
-                pixels = self.images(side, CALIBRATION_IMAGES)
-                quantize_onnx_static(plain, path, [{PIXELS: image[None]} for image in pixels])
+            pixels = self.images(side, CALIBRATION_IMAGES)
+            quantize_onnx_static(plain, path, [{PIXELS: image[None]} for image in pixels])
 
     def _traced(self, name: str, side: int) -> Traced:
         example = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -140,10 +141,7 @@ class Towers:
             scale = 2 if setting.precision == "bf16" else 1  # saved here in fp32
             return folder_bytes(self.saved(name), "*.safetensors") // scale
         path = self.graph(name, setting.runtime, setting.precision, setting.resolution)
-        # The graph and its weights: model.onnx and model.onnx.data, model.xml and model.bin.
-        return sum(f.stat().st_size for f in path.parent.iterdir() if f.name in (path.name, f"{path.name}.data")) + (
-            path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0
-        )
+        return folder_bytes(self.folder, f"{path.stem}.*")  # the graph, and its weights where they lie beside it
 
     def memory(self, name: str, setting: Setting, threads: int) -> float | None:
         """Return the peak memory of a process with this model alone, in MiB."""
@@ -235,7 +233,7 @@ def _measure(towers: Towers, setting: Setting, rounds: int, threads: int, *, mem
     timed: dict[str, Callable[[], object]] = {name: lambda run=run: run(pixels) for name, run in passes.items()}
     if not is_reference:
         timed = {"": lambda: reference(pixels, interpolate_pos_encoding=True), **timed}
-    times = interleave(timed, rounds)
+    times = interleave(timed, rounds, warmup=WARMUP, settle=SETTLE_SECONDS)
     first, dense = next(iter(times.values())), times[names[0]]
     macs = {name: count_macs(m.config, resolution=side, projection=False) for name, m in towers.models.items()}
     rows = []
@@ -274,30 +272,6 @@ def _fidelity(towers: Towers, name: str, side: int, run: Pass) -> tuple[float, f
     found = torch.cat([run(image[None]).float() for image in pixels])
     own, first = towers.expected(name, side), towers.expected(next(iter(towers.models)), side)
     return tuple(float(cosine_similarity(found, expected, dim=-1).mean()) for expected in (own, first))  # pyright: ignore[reportReturnType]
-
-
-def interleave(
-    passes: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = WARMUP, settle: float = SETTLE_SECONDS
-) -> dict[str, list[float]]:
-    """Time passes in turn, A B C A B C ..., so that a drifting machine speed cancels in the ratios of a round.
-
-    Args:
-        passes: What to run, by name.
-        rounds: Counted rounds.
-        warmup: Rounds before those.
-        settle: Pause in seconds before every pass.
-
-    Returns:
-        Milliseconds by name, one per round.
-    """
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for turn in range(warmup + rounds):
-        for name, run in passes.items():
-            time.sleep(settle)
-            taken = milliseconds(run, _CPU)
-            if turn >= warmup:
-                times[name].append(taken)
-    return times
 
 
 def runtime_versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -25,7 +26,7 @@ from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
 from hf_opentrans.models.modeling_dense_clip import DenseCLIPForSegmentation
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPVisionModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
-from hf_opentrans.pruning.latency_timing import dense_values, milliseconds, processor_name
+from hf_opentrans.pruning.latency_timing import dense_values, interleave, processor_name
 from hf_opentrans.pruning.macs import count_macs, count_params, layer_widths
 from hf_opentrans.pruning.plan import PruningConfig
 from hf_opentrans.pruning.prune import PruningResult, prune_model
@@ -373,12 +374,8 @@ def paired_latency(
     first = next(iter(models.values()))
     side = resolution or first.config.image_size
     pixels = torch.randn(batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(first.device)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for index in range(warmup + rounds):
-        for name, model in models.items():
-            elapsed = milliseconds(lambda model=model: model(pixels, interpolate_pos_encoding=True), first.device)
-            if index >= warmup:
-                times[name].append(elapsed)
+    passes = {name: partial(model, pixels, interpolate_pos_encoding=True) for name, model in models.items()}
+    times = interleave(passes, rounds, warmup=warmup, device=first.device)
     reference = next(iter(times.values()))
     macs = {name: count_macs(model.config, resolution=side, projection=False) for name, model in models.items()}
     rows = []

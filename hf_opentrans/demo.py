@@ -23,7 +23,7 @@ from hf_opentrans.benchmarks import (
     environment,
     paired_latency,
 )
-from hf_opentrans.data.scenes import Scene, SceneGenerator
+from hf_opentrans.data.scenes import CREDIT, Scene, SceneGenerator
 from hf_opentrans.loading import embedded_folder, embedded_names, load_dense_clip
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPModel
 from hf_opentrans.models.processing_open_vocabulary import OpenVocabularyProcessor
@@ -33,7 +33,6 @@ from hf_opentrans.pruning.plan import PruningConfig
 
 REPORT_FILE, JSON_FILE, PICTURE_FILE, MODEL_FOLDER = "report.md", "report.json", "demo.png", "clip-scenes-pruned"
 NOT_SHOWN = ("pile of poo",)  # known to the model, but the pictures end up in reports
-CREDIT = "Drawings: OpenMoji, CC BY-SA 4.0. Backdrops: photographs of scikit-image, public domain or CC0."
 CALIBRATION_SCENES, TEST_SCENES, VOCABULARY_SIZE = 160, 100, 40
 
 

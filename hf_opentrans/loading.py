@@ -34,7 +34,7 @@ from hf_opentrans._safety import (
 )
 from hf_opentrans.models.auto_segmentation import SEGMENTERS
 from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig
-from hf_opentrans.models.configuration_elastic_clip import ElasticCLIPConfig, ElasticCLIPVisionConfig
+from hf_opentrans.models.configuration_elastic_clip import ELASTIC_TYPES, ElasticCLIPConfig, ElasticCLIPVisionConfig
 from hf_opentrans.models.configuration_sparse_clip import (
     CLIP_MODEL_TYPES,
     VISION_MODEL_TYPES,
@@ -141,7 +141,7 @@ def _class_of_kind(model_type: str, architectures: list[str]) -> Any:
     else:
         has_projection = any("WithProjection" in architecture for architecture in architectures)
         plain = WithProjection if has_projection else SparseCLIPVisionModel
-    is_elastic = model_type in (ElasticCLIPConfig.model_type, ElasticCLIPVisionConfig.model_type)
+    is_elastic = model_type in ELASTIC_TYPES
     return _ELASTIC[plain] if is_elastic else plain
 
 
@@ -412,7 +412,7 @@ def _first_line(err: BaseException) -> str:
 def _kind(path: str, revision: str | None) -> tuple[str, list[str]]:
     """Read model type and architectures of a checkpoint, and refuse what is no CLIP."""
     values = _config_values(path, revision)
-    if values.get("model_type") in (ElasticCLIPConfig.model_type, ElasticCLIPVisionConfig.model_type):
+    if values.get("model_type") in ELASTIC_TYPES:
         return str(values["model_type"]), values.get("architectures") or []
     config, _ = SparseCLIPVisionConfig.get_config_dict(path, revision=revision)
     is_whole = "vision_config" in config

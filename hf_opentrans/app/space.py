@@ -11,10 +11,11 @@ from typing import Any
 from hf_opentrans._files import check_output_folder, write_folder
 from hf_opentrans._optional import require
 from hf_opentrans._safety import read_object
+from hf_opentrans.data.scenes import CREDIT
 from hf_opentrans.loading import EMBEDDED_MODEL, embedded_folder, resolve_model
 
 from .interface import TITLE, build_interface, serve
-from .preparation import CREDIT, EXAMPLES_FILE, Sources, read_examples
+from .preparation import EXAMPLES_FILE, Sources, read_examples
 from .service import SegmentationService
 
 SPACE_FILE = "space.json"  # what the folder shows; marks an exported folder

@@ -132,6 +132,11 @@ def save_json(path: Path | None, command: str, values: dict[str, Any]) -> None:
         write_json(path, {"command": command, **values, "environment": environment()})
 
 
+def say(line: str) -> None:
+    """Print a line of what comes next, or of how far it is, where it does not mix with results."""
+    err.print(escape(line), soft_wrap=True, highlight=False)
+
+
 def command_line() -> str:
     """Return what the user typed."""
     return " ".join(["hf-opentrans", *sys.argv[1:]])

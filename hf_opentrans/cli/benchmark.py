@@ -21,7 +21,7 @@ from hf_opentrans.benchmark_rows import fingerprint
 from hf_opentrans.benchmark_scale import SCALE_RUNS, SIZES, ScaleFile, parse_run, run_scale, scale_table
 from hf_opentrans.benchmark_tables import COST, QUALITY, fill_tables, method_notes, method_table
 from hf_opentrans.benchmarks import BenchmarkData
-from hf_opentrans.cli._common import app, command_line, err, guarded, out, show_table, shows_progress, usage
+from hf_opentrans.cli._common import app, command_line, err, guarded, out, say, show_table, shows_progress, usage
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.evaluation import folder_samples
 from hf_opentrans.loading import load_dense_clip
@@ -83,7 +83,7 @@ def benchmark_pruning(
         **_segmentation(segmentation, split),
         **_classification(classification),
     )
-    run_benchmark(lambda: load_dense_clip(model), data, runs, results, say=_say, progress=shows_progress())
+    run_benchmark(lambda: load_dense_clip(model), data, runs, results, say=say, progress=shows_progress())
     _show(results, json_file, f"{Path(model).name}, {num_images} calibration images")
 
 
@@ -103,10 +103,6 @@ def _plan(
             "alone. Leave one of them out."
         )
     return plan_ablation(keeps, seeds, **options)
-
-
-def _say(line: str) -> None:
-    err.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _named(path: Path | None) -> str | None:
@@ -169,7 +165,7 @@ def benchmark_scale(
         PruningConfig(keep=keep)
         parsed = [parse_run(run) for run in runs or SCALE_RUNS]
         results = ScaleFile(json_file, {"keep": keep}, command_line())
-    run_scale(parsed, keep, results, say=_say, progress=shows_progress())
+    run_scale(parsed, keep, results, say=say, progress=shows_progress())
     show_table(scale_table(results.rows), title="One-shot pruning, obs, all structures")
 
 

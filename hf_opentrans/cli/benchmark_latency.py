@@ -15,7 +15,7 @@ from hf_opentrans.benchmark_runtime_quality import RuntimeScores
 from hf_opentrans.benchmark_runtime_tables import QUALITY, SPEED, draw_runtimes, runtime_notes, runtime_table
 from hf_opentrans.benchmark_runtimes import RuntimeFile, Towers, run_benchmark, runtime_versions
 from hf_opentrans.benchmarks import synthetic_towers
-from hf_opentrans.cli._common import command_line, err, guarded, out, show_table, usage
+from hf_opentrans.cli._common import command_line, err, guarded, out, say, show_table, usage
 from hf_opentrans.cli.benchmark import benchmark_app
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.evaluation import center_crops
@@ -81,7 +81,7 @@ def benchmark_latency(
     with TemporaryDirectory() as folder:
         crops = _images(files, next(iter(loaded.values()), None))
         measured = Towers(towers, Path(folder), crops, bool(loaded), scores)
-        run_benchmark(measured, settings, results, rounds=rounds, threads=threads, say=_say, memory=memory)
+        run_benchmark(measured, settings, results, rounds=rounds, threads=threads, say=say, memory=memory)
     _show(results, json_file)
 
 
@@ -115,10 +115,6 @@ def _images(files: list[Any] | None, loaded: Loaded | None) -> Any:
         return center_crops(files[:count], loaded.image_processor, side)
 
     return crops
-
-
-def _say(line: str) -> None:
-    err.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _show(results: RuntimeFile, json_file: Path | None) -> None:

@@ -15,7 +15,7 @@ from hf_opentrans.benchmark_semi_structured import (
     semi_structured_notes,
     semi_structured_table,
 )
-from hf_opentrans.cli._common import command_line, err, guarded, out, show_table, shows_progress, usage
+from hf_opentrans.cli._common import command_line, guarded, out, say, show_table, shows_progress, usage
 from hf_opentrans.cli.benchmark import benchmark_app
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.loading import load_dense_clip
@@ -49,11 +49,7 @@ def benchmark_semi_structured(
     with usage():
         results = SemiStructuredFile(json_file, settings, command_line())
     study = SparsityStudy(listed, folder, limit, options)
-    run_semi_structured(models, study, results, say=_say, progress=shows_progress())
+    run_semi_structured(models, study, results, say=say, progress=shows_progress())
     show_table(semi_structured_table(results.rows), title="2:4 sparsity of the vision tower")
     for note in semi_structured_notes(results.rows):
         out.print(escape(note), soft_wrap=True, highlight=False)
-
-
-def _say(line: str) -> None:
-    err.print(escape(line), soft_wrap=True, highlight=False)

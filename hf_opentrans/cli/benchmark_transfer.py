@@ -9,7 +9,7 @@ from rich.markup import escape
 from hf_opentrans._optional import require
 from hf_opentrans.benchmark_rows import fingerprint
 from hf_opentrans.benchmark_transfer_tables import COST, QUALITY, claim_table, transfer_notes, transfer_table
-from hf_opentrans.cli._common import command_line, err, guarded, out, show_table, usage
+from hf_opentrans.cli._common import command_line, guarded, out, say, show_table, usage
 from hf_opentrans.cli.benchmark import benchmark_app
 from hf_opentrans.data.folder import SegmentationFolder
 from hf_opentrans.loading import load_dense_clip
@@ -57,14 +57,10 @@ def benchmark_transfer(
         settings |= options | {"side": study.study.side, "classes": len(train.class_names), "num_images": num_images}
         settings |= {"files": {"dataset": fingerprint(dataset), "images": fingerprint(images)}}
         results = TransferFile(json_file, settings, command_line())
-    run_transfer(study, runs, results, say=_say, timed=timed)
+    run_transfer(study, runs, results, say=say, timed=timed)
     title = f"{Path(model).name} on {dataset.name}"
     for columns, part in ((QUALITY, "what it can do"), (COST, "what it costs")):
         show_table(transfer_table(results.rows, results.timings, columns), title=f"{title}: {part}")
     show_table(claim_table(results.rows), title=f"{title}: claims, paired over the seeds")
     for note in transfer_notes(results.rows, results.settings):
         out.print(escape(note), soft_wrap=True, highlight=False)
-
-
-def _say(line: str) -> None:
-    err.print(escape(line), soft_wrap=True, highlight=False)

@@ -28,8 +28,7 @@ from hf_opentrans.cli._common import (
 from hf_opentrans.data.scenes import SceneGenerator, write_scenes
 from hf_opentrans.demo import run_demo
 from hf_opentrans.loading import Loaded, LoadedResNet, embedded_names, load_clip, load_clip_resnet, load_segmenter
-from hf_opentrans.models.configuration_elastic_clip import values_at
-from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES, SparseCLIPVisionConfig
+from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
 from hf_opentrans.models.image_loading import load_rgb
 from hf_opentrans.models.modeling_elastic_clip import ElasticMixin
 from hf_opentrans.models.segmentation_result import SegmentationResult
@@ -42,7 +41,7 @@ from hf_opentrans.pruning.channels import (
     prune_channels,
 )
 from hf_opentrans.pruning.latency import LatencyTable
-from hf_opentrans.pruning.macs import LayerWidths, TowerCost, layer_widths
+from hf_opentrans.pruning.macs import LayerWidths, TowerCost, budget_widths, layer_widths
 from hf_opentrans.pruning.plan import METHODS, SEARCHES, SOLVERS, UNITS, PruningConfig
 from hf_opentrans.pruning.prune import make_budget, prune_model
 from hf_opentrans.pruning.report import REPORT_FILE, PruningReport
@@ -362,8 +361,7 @@ def _budgets(loaded: Loaded, cost: TowerCost) -> list[dict[str, Any]]:
         return []
     config, found = Tower.of(model).vision.config, []
     for index, entry in enumerate(cast("Any", model.config).elastic_budgets):
-        values = {name: value for name, value in values_at(config, entry).items() if name != "elastic_budgets"}
-        widths = layer_widths(SparseCLIPVisionConfig(**values))
+        widths = budget_widths(config, entry)
         totals = {unit: cost.total(unit, widths) for unit in _COUNTED}
         size = {"bytes_alone": totals["params"] * loaded.disk_dtype.itemsize, "bytes_added": model.added_bytes(index)}
         found.append({"budget": entry["budget"], "layers": widths, **totals, **size})

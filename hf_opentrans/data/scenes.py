@@ -22,6 +22,7 @@ _TEXTURES = {
     "gravel": ("gravel.png", (1.0, 0.96, 0.9)),
 }
 TEXTURE_NAMES = tuple(_TEXTURES)
+CREDIT = "Drawings: OpenMoji, CC BY-SA 4.0. Backdrops: photographs of scikit-image, public domain or CC0."
 
 # The constants below are those of the training recipe, as shares of the side of the scene.
 _OBJECT_SIDES = (32 / 128, 77 / 128)

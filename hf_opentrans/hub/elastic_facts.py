@@ -1,5 +1,6 @@
 """What a card says of a checkpoint of several budgets, and whether its report is of this very file."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -7,16 +8,15 @@ from typing import Any, cast
 from safetensors import safe_open
 
 from hf_opentrans._safety import FLOATS
-from hf_opentrans.models.configuration_elastic_clip import ElasticCLIPConfig, ElasticCLIPVisionConfig, values_at
+from hf_opentrans.models.configuration_elastic_clip import ELASTIC_TYPES, ElasticCLIPConfig, ElasticCLIPVisionConfig
 from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
 from hf_opentrans.models.modeling_elastic_clip import PREFIX, WEIGHTS
 from hf_opentrans.pruning.elastic_report import ELASTIC_REPORT_FILE, ElasticReport
-from hf_opentrans.pruning.macs import TowerCost, layer_widths
+from hf_opentrans.pruning.macs import TowerCost, budget_widths
 
 from .citations import Ledger
 
 CONFIG_FILE = "config.json"
-ELASTIC_TYPES = (ElasticCLIPConfig.model_type, ElasticCLIPVisionConfig.model_type)
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 _FIGURES = ("macs", "params", "cosine_class", "cosine_patches")
 
@@ -73,8 +73,7 @@ def _counted(config: Mapping[str, Any], resolution: int) -> list[tuple[int, int]
     has_projection = is_whole or any("WithProjection" in name for name in config.get("architectures") or [])
     cost, found = TowerCost.of(vision, resolution=resolution, projection=has_projection), []
     for entry in read.elastic_budgets:
-        values = {name: value for name, value in values_at(vision, entry).items() if name != "elastic_budgets"}
-        widths = layer_widths(SparseCLIPVisionConfig(**values))
+        widths = budget_widths(vision, entry)
         found.append((cost.total("macs", widths), cost.total("params", widths)))
     return found
 
@@ -85,9 +84,7 @@ def _stored_bytes(folder: Path, budgets: int, params: list[int]) -> tuple[list[i
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 (no mapping)
             piece = opened.get_slice(name)
-            count = 1
-            for side in piece.get_shape():
-                count *= side
+            count = math.prod(piece.get_shape())
             if name.startswith(f"{PREFIX}."):
                 index = int(name.split(".")[1])
                 if index < budgets:

@@ -13,6 +13,7 @@ from hf_opentrans.benchmark_runtime_plan import RuntimeRow
 from hf_opentrans.loading import load_segmenter
 from hf_opentrans.models.auto_segmentation import SEGMENTERS
 from hf_opentrans.models.configuration_clip_resnet import CLIPResNetVisionConfig
+from hf_opentrans.models.configuration_elastic_clip import ELASTIC_TYPES
 from hf_opentrans.models.configuration_sparse_clip import VISION_MODEL_TYPES
 from hf_opentrans.pruning.channels import CHANNEL_REPORT_FILE
 from hf_opentrans.pruning.elastic_report import ELASTIC_REPORT_FILE
@@ -21,7 +22,7 @@ from hf_opentrans.pruning.subnetwork import JSON_FILE, SUBNETWORK_FOLDER
 from hf_opentrans.pruning.transfer import REPORT_FILE as TRANSFER_FILE
 from hf_opentrans.pruning.transfer import SPARSE_TOWER
 
-from .elastic_facts import ELASTIC_TYPES, check_elastic, is_elastic
+from .elastic_facts import check_elastic, is_elastic
 from .licence import Licence, base_folder, check_repo_id, find_licence
 
 CONFIG_FILE, TRAINING_FILE = "config.json", "training_report.json"

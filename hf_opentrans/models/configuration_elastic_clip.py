@@ -161,4 +161,7 @@ def values_at(vision: SparseCLIPVisionConfig, entry: Mapping[str, Any]) -> dict[
     return values
 
 
+# With both towers, and of a vision tower alone.
+ELASTIC_TYPES = (ElasticCLIPConfig.model_type, ElasticCLIPVisionConfig.model_type)
+
 __all__ = ["ElasticCLIPConfig", "ElasticCLIPVisionConfig"]

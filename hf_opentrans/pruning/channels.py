@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from hf_opentrans._checks import check_finite
-from hf_opentrans._distributed import add_up, is_main_process, own_share, process_count, wait_for_all
-from hf_opentrans._files import write_folder
+from hf_opentrans._distributed import add_up, own_share, process_count
 from hf_opentrans.models.modeling_clip_resnet import CLIPResNetVisionModel
 
 from .calibration import (
@@ -29,6 +28,7 @@ from .channel_statistics import Key
 from .channel_trunk import STRIDE, Trunk, TrunkCost, slice_channels
 from .plan import PruningConfig
 from .reconstruction import Rebuilt
+from .saving import save_result
 from .stages import StagedRun
 
 CHANNEL_REPORT_FILE = "channel_pruning_report.json"
@@ -159,19 +159,8 @@ class ChannelPruningResult:
             processor: Saved with the model, so that the folder can be used alone.
             disk_dtype: Precision of the weights on disk. Defaults to the model's.
         """
-        try:
-            if is_main_process():  # of several processes
-                with write_folder(folder, marker=CHANNEL_REPORT_FILE) as target:
-                    state = self.model.state_dict()
-                    stored = {
-                        k: v.to(disk_dtype) if disk_dtype and v.is_floating_point() else v for k, v in state.items()
-                    }
-                    self.model.save_pretrained(target, state_dict=stored)
-                    if processor is not None:
-                        processor.save_pretrained(target)
-                    self.report.save(target)
-        finally:
-            wait_for_all()
+        options = {"marker": CHANNEL_REPORT_FILE, "disk_dtype": disk_dtype}
+        save_result(folder, self.model, processor, write_more=self.report.save, **options)
 
 
 @torch.inference_mode(mode=False)  # the probes need gradients, whatever mode the caller is in

@@ -9,8 +9,6 @@ from typing import Any, cast
 import torch
 
 from hf_opentrans._checks import check_finite
-from hf_opentrans._distributed import is_main_process, wait_for_all
-from hf_opentrans._files import write_folder
 from hf_opentrans.models.configuration_elastic_clip import values_at
 from hf_opentrans.models.modeling_elastic_clip import (
     ElasticCLIPForSegmentation,
@@ -34,11 +32,12 @@ from .menus import AttentionStatistics, attention_menu, neuron_menu
 from .plan import PruningConfig
 from .prune import make_budget, origin_of
 from .refit import Key, rebuild
+from .saving import save_result
 from .selection import attention_statistics, probe, recipe_of
 from .sizes import Menu
 from .stages import StagedRun
 from .surgery import PrunableModel, to_sparse
-from .tower import SparseModel, Tower
+from .tower import SparseModel, Tower, summed_cosines
 
 BUDGETS = (0.8, 0.6, 0.4)
 # Images that fidelity is measured on, at most, and as a share of those that are given.
@@ -73,17 +72,10 @@ class ElasticResult:
             processor: Saved with the model, so that the folder can be used alone.
             disk_dtype: Precision of the weights on disk; see `PruningResult.save_pretrained`.
         """
-        try:
-            if is_main_process():  # of several processes
-                with write_folder(folder, marker=ELASTIC_REPORT_FILE) as target:
-                    self.model.set_budget(self.model.budgets[0])
-                    state = {k: v.to(disk_dtype or v.dtype) for k, v in self.model.state_dict().items()}
-                    self.model.save_pretrained(target, state_dict=state)
-                    if processor is not None:
-                        processor.save_pretrained(target)
-                    self.report.in_precision(disk_dtype or cast("Any", self.model).dtype).save(target)
-        finally:
-            wait_for_all()
+        self.model.set_budget(self.model.budgets[0])
+        report = self.report.in_precision(disk_dtype or cast("Any", self.model).dtype)
+        options = {"marker": ELASTIC_REPORT_FILE, "disk_dtype": disk_dtype}
+        save_result(folder, self.model, processor, write_more=report.save, **options)
 
 
 @torch.inference_mode(mode=False)  # the probes need gradients, whatever mode the caller is in
@@ -294,8 +286,7 @@ def _cosines(tower: Tower, elastic: ElasticMixin, pixels: torch.Tensor, batch_si
         elastic.set_budget(budget)
         small, total = Tower.of(cast("Any", elastic)), torch.zeros(2, dtype=torch.float64)
         for batch, target in zip(batches, expected, strict=True):
-            cosines = (small.tokens(batch) * target).sum(-1).double().cpu()
-            total += torch.stack([cosines[:, 0].sum(), cosines[:, 1:].mean(1).sum()])
+            total += summed_cosines(small.tokens(batch), target)
         mean = total / len(pixels)
         found.append((float(mean[0]), float(mean[1])))
     elastic.set_budget(elastic.budgets[0])

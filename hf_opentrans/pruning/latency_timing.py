@@ -4,9 +4,9 @@ import copy
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .tower import Tower
 CHAIN = 4
 # Weights begin at multiples of this many elements, as those of separate tensors do.
 _ALIGNMENT = 64
+_Name = TypeVar("_Name")
 _COPIED = ("hidden_size", "hidden_act", "layer_norm_eps", "image_size", "patch_size", "num_channels", "projection_dim")
 
 # ("attention", heads, qk width, v width), ("mlp", neurons, 0, 0), or DENSE or FIXED.
@@ -121,6 +122,38 @@ def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     start = _now(device)
     run()
     return (_now(device) - start) * 1000
+
+
+def interleave(
+    passes: Mapping[_Name, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | None = None,
+    settle: float = 0.0,
+) -> dict[_Name, list[float]]:
+    """Time passes in turn, A B C A B C ..., so that a drifting machine speed cancels in the ratios of a round.
+
+    Args:
+        passes: What to run, by name.
+        rounds: Counted rounds.
+        warmup: Rounds before those.
+        device: Where they run. Defaults to the processor.
+        settle: Pause in seconds before every pass.
+
+    Returns:
+        Milliseconds by name, one per round.
+    """
+    where = device or torch.device("cpu")
+    times: dict[_Name, list[float]] = {name: [] for name in passes}
+    for turn in range(warmup + rounds):
+        for name, run in passes.items():
+            if settle:
+                time.sleep(settle)
+            taken = milliseconds(run, where)
+            if turn >= warmup:
+                times[name].append(taken)
+    return times
 
 
 def _now(device: torch.device) -> float:

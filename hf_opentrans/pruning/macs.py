@@ -1,10 +1,13 @@
 """What a vision tower costs: multiply-accumulates of one image and parameters, from its configuration alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from transformers import CLIPVisionConfig
+
+from hf_opentrans.models.configuration_elastic_clip import values_at
+from hf_opentrans.models.configuration_sparse_clip import SparseCLIPVisionConfig
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,17 @@ def layer_widths(config: CLIPVisionConfig) -> tuple[LayerWidths, ...]:
             )
         )
     return tuple(widths)
+
+
+def budget_widths(vision: SparseCLIPVisionConfig, entry: Mapping[str, Any]) -> tuple[LayerWidths, ...]:
+    """Read the widths of every layer at one budget of a checkpoint of several.
+
+    Args:
+        vision: Of the tower, with the widths of any budget.
+        entry: Of the configuration's `elastic_budgets`.
+    """
+    values = {name: value for name, value in values_at(vision, entry).items() if name != "elastic_budgets"}
+    return layer_widths(SparseCLIPVisionConfig(**values))
 
 
 def count_macs(config: CLIPVisionConfig, *, resolution: int | None = None, projection: bool = True) -> int:

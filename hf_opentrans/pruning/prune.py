@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from hf_opentrans._checks import check_finite
-from hf_opentrans._distributed import is_main_process, process_count, wait_for_all
-from hf_opentrans._files import write_folder
+from hf_opentrans._distributed import process_count
 from hf_opentrans.models.modeling_clip_resnet import CLIPResNetVisionModel
 
 from .allocation import Budget
@@ -24,6 +23,7 @@ from .menus import fewest_neurons
 from .plan import STRUCTURES, PruningConfig, PruningPlan
 from .refit import rebuild
 from .report import REPORT_FILE, PruningReport
+from .saving import save_result
 from .selection import Selection, recipe_of, select_baseline, select_ours
 from .sizes import head_dim_step
 from .stages import StagedRun
@@ -60,20 +60,12 @@ class PruningResult:
             disk_dtype: Precision of the weights on disk, for example the base model's float16. The configuration
                 keeps the model's own, so the model loads in that. Defaults to the model's.
         """
-        try:
-            if is_main_process():  # of several processes
-                self._write(folder, processor, disk_dtype)
-        finally:
-            wait_for_all()
+        options = {"marker": REPORT_FILE, "disk_dtype": disk_dtype}
+        save_result(folder, self.model, processor, write_more=self._write_reports, **options)
 
-    def _write(self, folder: str | Path, processor: Any, disk_dtype: torch.dtype | None) -> None:
-        with write_folder(folder, marker=REPORT_FILE) as target:
-            state = self.model.state_dict()
-            self.model.save_pretrained(target, state_dict={k: v.to(disk_dtype or v.dtype) for k, v in state.items()})
-            if processor is not None:
-                processor.save_pretrained(target)
-            self.subnetwork.save_pretrained(target / SUBNETWORK_FOLDER)
-            self.report.save(target)
+    def _write_reports(self, folder: Path) -> None:
+        self.subnetwork.save_pretrained(folder / SUBNETWORK_FOLDER)
+        self.report.save(folder)
 
 
 @torch.inference_mode(mode=False)  # the probes need gradients, whatever mode the caller is in

@@ -28,7 +28,7 @@ from .search import evolve
 from .sizes import Menu, Size
 from .statistics import CovarianceStatistics
 from .surgery import HeadMaps, slice_model, unit_columns
-from .tower import SparseModel, Tower
+from .tower import SparseModel, Tower, summed_cosines
 
 # Images and bytes of one backward pass of the probes.
 PROBE_BATCH, PROBE_BYTES = 8, 2 * 10**9
@@ -294,8 +294,7 @@ class _Candidates:
                 small.consumer(menu.layer, menu.kind).bias.copy_(bias)
         total = torch.zeros(2, dtype=torch.float64)
         for batch, expected in zip(self.images, self.tokens, strict=True):
-            cosines = (small.tokens(batch.to(small.vision.device)) * expected).sum(-1).double().cpu()
-            total += torch.stack([cosines[:, 0].sum(), cosines[:, 1:].mean(1).sum()])
+            total += summed_cosines(small.tokens(batch.to(small.vision.device)), expected)
         return float(total.sum()) / sum(len(batch) for batch in self.images)
 
     def _compensated(self, menu: Menu, size: Size, maps: HeadMaps) -> tuple[torch.Tensor, torch.Tensor]:

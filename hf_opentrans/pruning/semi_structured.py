@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from hf_opentrans._checks import check_finite
-from hf_opentrans._distributed import is_main_process, wait_for_all
-from hf_opentrans._files import write_folder, write_json
+from hf_opentrans._files import write_json
 from hf_opentrans.models.modeling_sparse_clip import SparseCLIPEncoderLayer
 
 from .calibration import (
@@ -34,10 +33,11 @@ from .calibration import (
 from .plan import PruningConfig
 from .reconstruction import regress
 from .refit import SWEEP
+from .saving import save_result
 from .stages import StagedRun
 from .statistics import CovarianceStatistics
 from .surgery import PrunableModel, to_sparse
-from .tower import Tower
+from .tower import Tower, summed_cosines
 from .two_of_four import GROUP, compensate_two_of_four, two_of_four
 
 SPARSITY_METHODS = ("obs", "magnitude", "random")
@@ -163,6 +163,10 @@ class SemiStructuredReport:
         """Return everything as JSON-ready values."""
         return asdict(self)
 
+    def save(self, folder: str | Path) -> None:
+        """Write the report into `folder`."""
+        write_json(Path(folder) / SEMI_STRUCTURED_FILE, self.to_dict())
+
     @classmethod
     def load(cls, folder: str | Path) -> "SemiStructuredReport":
         """Read what `SemiStructuredResult.save_pretrained` wrote.
@@ -206,16 +210,8 @@ class SemiStructuredResult:
             processor: Saved with the model, so that the folder can be used alone.
             disk_dtype: Precision of the weights on disk. Defaults to the model's.
         """
-        try:
-            if is_main_process():  # of several processes
-                with write_folder(folder, marker=SEMI_STRUCTURED_FILE) as target:
-                    state = {k: v.to(disk_dtype or v.dtype) for k, v in self.model.state_dict().items()}
-                    self.model.save_pretrained(target, state_dict=state)
-                    if processor is not None:
-                        processor.save_pretrained(target)
-                    write_json(target / SEMI_STRUCTURED_FILE, self.report.to_dict())
-        finally:
-            wait_for_all()
+        options = {"marker": SEMI_STRUCTURED_FILE, "disk_dtype": disk_dtype}
+        save_result(folder, self.model, processor, write_more=self.report.save, **options)
 
 
 @torch.inference_mode(mode=False)  # what comes back can be trained, whatever mode the caller is in
@@ -476,8 +472,7 @@ def _cosines(tower: Tower, sparse: Tower, batches: tuple[torch.Tensor, ...]) -> 
     sums = torch.zeros(2, dtype=torch.float64)
     for pixels in batches:
         pixels = pixels.to(tower.vision.device)
-        cosine = (tower.tokens(pixels) * sparse.tokens(pixels)).sum(-1).double().cpu()
-        sums += torch.stack([cosine[:, 0].sum(), cosine[:, 1:].mean(1).sum()])
+        sums += summed_cosines(sparse.tokens(pixels), tower.tokens(pixels))
     found = (sums / sum(map(len, batches))).tolist()
     return found[0], found[1]
 

@@ -82,3 +82,14 @@ class Tower:
         if self.projection is not None:
             tensors["visual_projection.weight"] = self.projection.weight.detach()
         return tensors
+
+
+def summed_cosines(tokens: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return two sums over a batch: of the class tokens' cosines, and of each image's mean over its patch tokens.
+
+    Args:
+        tokens: Unit tokens of shape `(batch_size, tokens, dim)`, class token first.
+        expected: The same, to compare with.
+    """
+    cosines = (tokens * expected).sum(-1).double().cpu()
+    return torch.stack([cosines[:, 0].sum(), cosines[:, 1:].mean(1).sum()])

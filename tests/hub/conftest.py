@@ -152,3 +152,11 @@ def api(hub: Hub, monkeypatch: pytest.MonkeyPatch, _client: None) -> HfApi:
     monkeypatch.setattr("huggingface_hub.utils._http.time", no_waiting)
     monkeypatch.setattr("huggingface_hub.file_download.time", no_waiting)
     return HfApi(endpoint=hub.url, token=TOKEN)
+
+
+@pytest.fixture
+def online(hub, api, monkeypatch):
+    """Let this process talk to the loopback Hub, as its owner."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", api.token)
+    return hub

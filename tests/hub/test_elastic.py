@@ -4,7 +4,6 @@ import copy
 import json
 from typing import Any
 
-import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -59,14 +58,6 @@ def parts(tiny_clip_config, tiny_tokenizer, tiny_image_processor):
 def folder(parts, tmp_path):
     parts[0].save_pretrained(tmp_path / "tiny-elastic", parts[1])
     return tmp_path / "tiny-elastic"
-
-
-@pytest.fixture
-def online(hub, api, monkeypatch):
-    """Let this process talk to the loopback Hub, as its owner."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    monkeypatch.setenv("HF_TOKEN", api.token)
-    return hub
 
 
 def logits(model):

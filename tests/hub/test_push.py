@@ -63,14 +63,6 @@ def plain(monkeypatch):
     monkeypatch.setattr("hf_opentrans.hub.card.has_picture", lambda facts: False)
 
 
-@pytest.fixture
-def online(hub, api, monkeypatch):
-    """Let this process talk to the loopback Hub, as its owner."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    monkeypatch.setenv("HF_TOKEN", api.token)
-    return hub
-
-
 def logits(model):
     with torch.no_grad():
         return model(PIXELS, text_embeddings=TEXT).logits
