@@ -124,6 +124,27 @@ def test_a_row_of_other_weights_is_measured_anew(tmp_path, root, tiny_clip_folde
     assert after[0]["result"]["scores"] != before[0]["result"]["scores"]
 
 
+def test_precision(tmp_path, root, tiny_clip_folder, monkeypatch):
+    target, seen = tmp_path / "out.json", []
+    original = ProtocolSegmenter.classes
+
+    def classes(self, *args):
+        seen.append(self.model.dtype)
+        return original(self, *args)
+
+    monkeypatch.setattr(ProtocolSegmenter, "classes", classes)
+    arguments = [tiny_clip_folder, "--benchmark", "scenes", "--data-root", root, "--json", target]
+    for precision in ("fp32", "bf16"):
+        code, _, error = run(*arguments, "--precision", precision)
+        assert code == 0, error
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["model"] for row in rows] == [str(tiny_clip_folder), f"{tiny_clip_folder} in bf16"]
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    assert rows[0]["result"]["model_fingerprint"] != rows[1]["result"]["model_fingerprint"]
+    code, _, error = run(*arguments, "--precision", "int4")
+    assert (code, "--precision is 'int4'. It must be one of fp32, bf16, fp16." in error) == (USAGE, True), error
+
+
 def test_an_interrupted_command_goes_on(tmp_path, root, tiny_clip_folder, monkeypatch):
     target, whole = tmp_path / "out.json", tmp_path / "whole.json"
     arguments = [tiny_clip_folder, "--benchmark", "scenes", "--data-root", root, "--json"]

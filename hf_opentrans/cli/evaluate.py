@@ -30,6 +30,7 @@ from hf_opentrans.evaluation_runs import data_fingerprint, evaluate_data, forget
 from hf_opentrans.loading import load_segmenter
 
 Parts = tuple[Any, Any]  # a segmenter and its processor
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @app.command()
@@ -56,6 +57,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of each.")] = None,
     budget: BudgetOption = None,
+    precision: Annotated[
+        str, typer.Option(help=f"{' | '.join(_PRECISIONS)}: what the models compute in.")
+    ] = "fp32",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every figure here after every row; go on from it.")
     ] = None,
@@ -73,6 +77,8 @@ def evaluate(
         if twice:
             raise ValueError(f"--{twice[0]} is given, and --set {twice[0]} too. One of them decides. Keep one.")
         chosen = find_protocol(protocol, **given, **more)
+        if precision not in _PRECISIONS:
+            raise ValueError(f"--precision is {precision!r}. It must be one of {', '.join(_PRECISIONS)}.")
         if (dataset is None) == (not benchmark):
             raise ValueError(
                 f"--dataset is {None if dataset is None else str(dataset)!r} and --benchmark {benchmark or None}. "
@@ -86,18 +92,19 @@ def evaluate(
     wait_for_all()  # nobody writes before all have read
     rows = []
     for model in dict.fromkeys(models):
-        parts = _load(model, budget, chosen)
+        parts = _load(model, budget, precision, chosen)
         shown = model if budget is None else f"{model} at budget {budget:g}"
+        shown += "" if precision == "fp32" else f" in {precision}"
         rows += [_row(shown, parts, name, data[name], chosen, limit, results) for name in data]
     if is_main_process():
         _show(rows, markdown, eval_results, {name: _hub_id(part) for name, part in data.items()})
         results.save(at_end=True)
 
 
-def _load(name: str, budget: float | None, protocol: Protocol) -> Parts:
-    """Return a segmenter that can follow the protocol, on the device, and its processor."""
+def _load(name: str, budget: float | None, precision: str, protocol: Protocol) -> Parts:
+    """Return a segmenter that can follow the protocol, on the device and in the precision, and its processor."""
     parts: Parts = load_segmenter(name, budget=budget)
-    parts[0].to(_device())
+    parts[0].to(_device(), _PRECISIONS[precision])
     with usage():
         protocol.check_model(parts[0])
     if is_main_process():

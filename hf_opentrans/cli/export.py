@@ -10,10 +10,11 @@ from hf_opentrans._files import check_output_folder
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, usage
 from hf_opentrans.cli.commands import BudgetOption, JsonFile, Mode, say_budget
 from hf_opentrans.deploy.export import ExportConfig, export_model, load_exportable
-from hf_opentrans.deploy.record import EXPORT_FILE, ExportRecord, text_fingerprint
+from hf_opentrans.deploy.record import EXPORT_FILE, ExportRecord
 from hf_opentrans.deploy.sessions import PRECISIONS
-from hf_opentrans.deploy.vocabularies import ENCODED_SUFFIX, load_vocabulary, read_vocabulary
+from hf_opentrans.deploy.vocabularies import check_encoder, read_vocabulary
 from hf_opentrans.models.modeling_elastic_clip import ElasticMixin
+from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.vocabulary import Vocabulary
 
 COMPUTES_IN = ("fp32", "bf16")
@@ -30,7 +31,7 @@ def export(
     vocabulary: Annotated[
         str | None,
         typer.Option(
-            help="Build in 'cat; sofa, couch', or a .json, .txt or encoded file; no text tower is needed then."
+            help="Build in 'cat; sofa, couch', a .json or .txt file, or a saved vocabulary; no text tower is needed then."
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8.")] = False,
@@ -119,9 +120,11 @@ def _resolution(text: str | None) -> int | tuple[int, int] | None:
 def _vocabulary(text: str | None, templates: str | None, model: Any) -> Vocabulary | None:
     if text is None:
         return None
-    if text.endswith(ENCODED_SUFFIX):
-        return load_vocabulary(text, text_fingerprint=text_fingerprint(model))[0]
-    return read_vocabulary(text, templates=templates or getattr(model.config, "segmentation_templates", "plain"))
+    default = getattr(model.config, "segmentation_templates", "plain")
+    found = read_vocabulary(text, templates=templates or default)
+    if isinstance(model, OpenVocabularyModel):
+        check_encoder(found, model.text_fingerprint())
+    return found
 
 
 def _file_table(record: ExportRecord) -> tuple[list[str], list[list[str]]]:

@@ -16,7 +16,7 @@ from .segmenter import (
 from .semi_structured import SemiStructuredModel, to_semi_structured
 from .sessions import PRECISIONS
 from .torchao import TORCHAO_PRECISIONS, Int8Layers, int8_layers, quantize_torchao
-from .vocabularies import load_vocabulary, read_vocabulary, save_vocabulary
+from .vocabularies import read_vocabulary
 
 __all__ = [
     "EXPORT_FILE",
@@ -38,10 +38,8 @@ __all__ = [
     "int8_layers",
     "load_exportable",
     "load_exported",
-    "load_vocabulary",
     "quantize_torchao",
     "read_vocabulary",
-    "save_vocabulary",
     "supports_bfloat16",
     "to_bfloat16",
     "to_semi_structured",

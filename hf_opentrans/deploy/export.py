@@ -39,11 +39,10 @@ from hf_opentrans.deploy.record import (
     TEXT_STEM,
     ExportRecord,
     list_files,
-    text_fingerprint,
 )
 from hf_opentrans.deploy.sessions import PRECISIONS, Session, open_session
 from hf_opentrans.deploy.tracing import Traced, require_torch, trace
-from hf_opentrans.deploy.vocabularies import vocabulary_to_dict
+from hf_opentrans.deploy.vocabularies import check_encoder, vocabulary_to_dict
 from hf_opentrans.deploy.wrappers import PIXELS, TEXT, Exportable, SegmenterGraph, TextGraph, TowerGraph
 from hf_opentrans.loading import TOWER_TYPES, load_clip, load_segmenter, resolve_model
 from hf_opentrans.models.configuration_sparse_clip import SEGMENTATION_MODES
@@ -224,8 +223,10 @@ class _Job:
         if isinstance(model, OpenVocabularyModel):
             if vocabulary is None:
                 text = _example_text(model, tokenizer)
-            elif vocabulary.text_embeddings is None:
-                vocabulary = model.encode_vocabulary(vocabulary, tokenizer)
+            else:
+                check_encoder(vocabulary, model.text_fingerprint())
+                if vocabulary.text_embeddings is None:
+                    vocabulary = model.encode_vocabulary(vocabulary, tokenizer)
             options = {"mode": config.mode} if config.mode is not None else {}
             graph: Exportable
             if isinstance(model, MaskQueriesModel) and vocabulary is None:
@@ -333,7 +334,7 @@ class _Job:
             model_class=type(model).__name__,
             source=self.source,
             fingerprint=model_fingerprint(model),
-            text_fingerprint=text_fingerprint(model),
+            text_fingerprint=model.text_fingerprint() if isinstance(model, OpenVocabularyModel) else None,
             text_dim=cast("Any", model.config).projection_dim if is_segmenter else None,
             mode=(self.config.mode or cast("Any", model.config).segmentation_mode) if is_segmenter else None,
             image_size=self.size,

@@ -7,10 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from hf_opentrans._fingerprints import tensor_fingerprint
-
 EXPORT_FILE = "export.json"
 # Number of the layout of export.json; a reader refuses others.
 SCHEMA = 1
@@ -178,16 +174,6 @@ def file_sha256(path: Path) -> str:
         while part := opened.read(_CHUNK):
             found.update(part)
     return found.hexdigest()
-
-
-def text_fingerprint(model: nn.Module) -> str | None:
-    """Return a short hash of the weights of a model's text tower, or None if it has none.
-
-    A model and its pruned versions share it: pruning leaves the text tower as it is.
-    """
-    weights = model.state_dict().items()
-    text = [(name, tensor) for name, tensor in weights if name.startswith(("text_model.", "text_projection."))]
-    return tensor_fingerprint("text", text) if text else None
 
 
 def total_bytes(files: Mapping[str, Mapping[str, Any]], stem: str) -> int:

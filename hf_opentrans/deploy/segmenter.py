@@ -14,9 +14,9 @@ from hf_opentrans.deploy.mask_query_graph import QUERIES, class_inputs
 from hf_opentrans.deploy.record import ExportRecord
 from hf_opentrans.deploy.sessions import Session, open_session
 from hf_opentrans.deploy.vocabularies import (
-    ENCODED_SUFFIX,
+    check_encoder,
+    is_saved_vocabulary,
     load_vocabulary,
-    save_vocabulary,
     vocabulary_from_dict,
 )
 from hf_opentrans.deploy.wrappers import TEXT
@@ -172,15 +172,7 @@ class ExportedSegmenter(ExportedModel):
                 "This export has a fixed vocabulary and no text tower. Other names cannot be encoded. Leave the "
                 "labels out, or export without --vocabulary."
             )
-        return vocabulary.encode(self._embed_texts)
-
-    def save_vocabulary(self, vocabulary: Vocabulary, path: str | Path) -> None:
-        """Write a vocabulary that this model encoded to a .safetensors file; `segment` takes it as labels.
-
-        Raises:
-            ValueError: If it is not encoded, or the file is named otherwise.
-        """
-        save_vocabulary(vocabulary, path, text_fingerprint=self.record.text_fingerprint or "")
+        return replace(vocabulary.encode(self._embed_texts), encoder=self.record.text_fingerprint)
 
     def segment(
         self,
@@ -195,8 +187,8 @@ class ExportedSegmenter(ExportedModel):
 
         Args:
             images: One image or several: paths, PIL images or arrays.
-            labels: A [`Vocabulary`], class names such as `["cat", "sofa; couch"]`, or a file of `save_vocabulary`.
-                With a fixed vocabulary leave them out.
+            labels: A [`Vocabulary`], class names such as `["cat", "sofa; couch"]`, or the folder of a saved
+                vocabulary (`Vocabulary.save_pretrained`). With a fixed vocabulary leave them out.
             fit: "windows" or "stretch", see the class.
             threshold: See `OpenVocabularyProcessor.post_process_semantic_segmentation`.
             batch_size: Windows per run.
@@ -248,13 +240,13 @@ class ExportedSegmenter(ExportedModel):
             if self.vocabulary is None:
                 raise ValueError("There are no labels, and this export has no fixed vocabulary. Give class names.")
             return self.vocabulary
-        if isinstance(labels, (str, Path)) and str(labels).endswith(ENCODED_SUFFIX):
-            found, _ = load_vocabulary(labels, text_fingerprint=self.record.text_fingerprint)
-            return found
+        if isinstance(labels, Path) or (isinstance(labels, str) and is_saved_vocabulary(Path(labels))):
+            labels = load_vocabulary(Path(labels))
         vocabulary = labels if isinstance(labels, Vocabulary) else None
         if vocabulary is None:
             names: Any = labels
             vocabulary = Vocabulary(names, templates=self.record.templates)
+        check_encoder(vocabulary, self.record.text_fingerprint)
         if self._text is None or vocabulary.text_embeddings is not None:
             return vocabulary
         return self.encode_vocabulary(vocabulary)

@@ -1,17 +1,14 @@
-"""Vocabularies on disk: lists of names, and encoded ones that belong to one text tower."""
+"""Vocabularies as a user names them, in the record of an export, and whose their embeddings are."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from hf_opentrans.models.vocabulary import VOCABULARY_FILE, Vocabulary
 
-from hf_opentrans.models.vocabulary import Vocabulary
-
-ENCODED_SUFFIX = ".safetensors"
 _LIST_SUFFIXES = (".json", ".txt")
+_SHOWN = 12  # digits of a fingerprint
 
 
 def vocabulary_to_dict(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -42,8 +39,8 @@ def read_vocabulary(text: str, *, templates: str) -> Vocabulary:
     Args:
         text: Names such as "cat; sofa, couch" (classes separated by ";", aliases by ","); or a file: .json with a list
             whose entries are names, "a; b", or lists of names; .txt with one class per line in the form of ",";
-            .safetensors of `save_vocabulary`, without a check of where it comes from.
-        templates: Prompt templates for names; an encoded file has its own.
+            or the folder of a saved vocabulary (`Vocabulary.save_pretrained`) or its vocabulary.json.
+        templates: Prompt templates for names; a saved vocabulary has its own.
 
     Raises:
         FileNotFoundError: If it looks like a file and there is none.
@@ -51,15 +48,15 @@ def read_vocabulary(text: str, *, templates: str) -> Vocabulary:
         TypeError: If a file holds no list, or a name is no text.
     """
     path = Path(text)
-    if path.suffix.lower() not in (*_LIST_SUFFIXES, ENCODED_SUFFIX):
+    if is_saved_vocabulary(path):
+        return load_vocabulary(path)
+    if path.suffix.lower() not in _LIST_SUFFIXES:
         return Vocabulary.parse(text, templates=templates)
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no vocabulary file {text!r}. It must exist. Check the path, or give the names themselves: "
             "'cat; sofa, couch'."
         )
-    if path.suffix.lower() == ENCODED_SUFFIX:
-        return load_vocabulary(path)[0]
     content = path.read_text(encoding="utf-8")
     if path.suffix.lower() == ".txt":
         lines = [line.split(",") for line in content.splitlines() if line.strip()]
@@ -67,70 +64,52 @@ def read_vocabulary(text: str, *, templates: str) -> Vocabulary:
     return Vocabulary(_classes_of_json(content, path), templates=templates)
 
 
-def save_vocabulary(vocabulary: Vocabulary, path: str | Path, *, text_fingerprint: str) -> None:
-    """Write an encoded vocabulary to a .safetensors file, with the text tower that it belongs to.
+def load_vocabulary(path: Path) -> Vocabulary:
+    """Read what `Vocabulary.save_pretrained` wrote.
 
     Args:
-        vocabulary: With text embeddings.
-        path: File to write; an older one is replaced.
-        text_fingerprint: Of the text tower that encoded it.
+        path: The folder, or the vocabulary.json in it.
 
     Raises:
-        ValueError: If it is not encoded, or the file is named otherwise.
+        FileNotFoundError: If there is none.
+        ValueError: If a file is damaged.
     """
-    target = Path(path)
-    if target.suffix.lower() != ENCODED_SUFFIX:
-        raise ValueError(f"The file is named {target.name!r}. It must end in {ENCODED_SUFFIX}. Rename it.")
-    if vocabulary.text_embeddings is None:
-        raise ValueError("The vocabulary is not encoded. Only its embeddings are worth a file. Encode it first.")
-    metadata = {"vocabulary": json.dumps(vocabulary_to_dict(vocabulary)), "text_fingerprint": text_fingerprint}
-    embeddings = vocabulary.text_embeddings.detach().cpu().float().contiguous()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
+    if not is_saved_vocabulary(path):
+        raise FileNotFoundError(
+            f"There is no {VOCABULARY_FILE} in {str(path)!r}. A saved vocabulary has one. Write it with "
+            "Vocabulary.save_pretrained, or give the names themselves."
+        )
+    return Vocabulary.from_pretrained(path.parent if path.name == VOCABULARY_FILE else path)
+
+
+def is_saved_vocabulary(path: Path) -> bool:
+    """Say whether a path is a folder that `Vocabulary.save_pretrained` wrote to, or the vocabulary.json in it."""
     try:
-        save_file({"text_embeddings": embeddings}, temporary, metadata=metadata)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return path.is_file() if path.name == VOCABULARY_FILE else (path / VOCABULARY_FILE).is_file()
+    except OSError:  # names that are too long for a path
+        return False
 
 
-def load_vocabulary(path: str | Path, *, text_fingerprint: str | None = None) -> tuple[Vocabulary, str]:
-    """Read an encoded vocabulary, and the fingerprint of its text tower.
+def check_encoder(vocabulary: Vocabulary, text_fingerprint: str | None) -> None:
+    """Refuse a vocabulary whose embeddings another text tower made.
+
+    Embeddings that the user made tell nothing of where they are from, and pass.
 
     Args:
-        path: File of `save_vocabulary`.
-        text_fingerprint: Refuse a file that another text tower made.
+        vocabulary: Encoded or not.
+        text_fingerprint: Of the text tower that its embeddings must be of.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, or another model made it.
+        ValueError: If another one made them.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no vocabulary file {str(path)!r}. It must exist. Check the path.")
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            embeddings = opened.get_tensor("text_embeddings")
-        values, found = json.loads(metadata["vocabulary"]), metadata["text_fingerprint"]
-    except (SafetensorError, KeyError, json.JSONDecodeError) as err:
-        raise ValueError(
-            f"{str(path)!r} is no encoded vocabulary ({err}). It must be a file of `save_vocabulary`. Encode the "
-            "names again."
-        ) from err
-    vocabulary = vocabulary_from_dict(values)
-    if embeddings.shape[0] != len(vocabulary.queries):
-        raise ValueError(
-            f"{str(path)!r} holds {embeddings.shape[0]} embeddings for {len(vocabulary.queries)} names. There must be "
-            "one each. Encode the names again."
-        )
-    if text_fingerprint is not None and found != text_fingerprint:
-        raise ValueError(
-            f"The vocabulary {str(path)!r} was made with another model: its text tower has the fingerprint {found}, "
-            f"this one's has {text_fingerprint}. Embeddings of different text towers cannot be compared. Encode the "
-            "names with this model."
-        )
-    object.__setattr__(vocabulary, "text_embeddings", embeddings)  # frozen; nobody else holds it yet
-    return vocabulary, found
+    encoder = vocabulary.encoder
+    if vocabulary.text_embeddings is None or encoder is None or encoder == text_fingerprint:
+        return
+    raise ValueError(
+        f"The vocabulary was made with another model: its text tower has the fingerprint {encoder[:_SHOWN]}, this "
+        f"one's has {(text_fingerprint or 'none')[:_SHOWN]}. Embeddings of different text towers cannot be compared. "
+        "Encode the names with this model."
+    )
 
 
 def _classes_of_json(content: str, path: Path) -> list[Any]:

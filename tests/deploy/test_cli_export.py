@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 from hf_opentrans import Vocabulary
 from hf_opentrans.cli import app
 from hf_opentrans.cli import export as command
-from hf_opentrans.deploy import ExportRecord, load_exported, save_vocabulary
-from hf_opentrans.deploy.record import text_fingerprint
+from hf_opentrans.deploy import ExportRecord, load_exported
 
 USAGE, FAILURE = 2, 1
 
@@ -51,8 +50,7 @@ def test_a_built_in_vocabulary(tmp_path, tiny_clip_folder):
 def test_an_encoded_vocabulary_must_be_of_this_model(tmp_path, tiny_clip_folder, parts):
     model, processor = parts
     encoded = model.encode_vocabulary(Vocabulary(["cat", "dog"]), processor.tokenizer)
-    path = tmp_path / "names.safetensors"
-    save_vocabulary(encoded, path, text_fingerprint=text_fingerprint(model) or "")
+    path = encoded.save_pretrained(tmp_path / "names").parent
     found = command._vocabulary(str(path), None, model)
     assert found is not None
     assert found == encoded

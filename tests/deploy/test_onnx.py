@@ -74,6 +74,12 @@ def test_int8(parts, tmp_path, images, precision):
     assert scales  # one per output channel
 
 
+def test_threads_of_an_idle_session_do_not_spin(parts, tmp_path):
+    export_model(parts[0], parts[1], tmp_path / "out", vocabulary=Vocabulary(NAMES))
+    options = OnnxSession(tmp_path / "out" / "model.onnx")._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def _graph(path) -> Any:
     return onnx.load(path).graph
 

@@ -1,5 +1,7 @@
 """Exported segmenters on images of any size: windows, stretching, labels, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,12 +69,13 @@ def test_kinds_of_images_and_labels(free_folder, tmp_path):
     image.save(tmp_path / "a.png")
     (expected,) = again.segment(image, NAMES)
     vocabulary = again.encode_vocabulary(Vocabulary(NAMES))
-    again.save_vocabulary(vocabulary, tmp_path / "names.safetensors")
+    vocabulary.save_pretrained(tmp_path / "names")
     for given_image, labels in (
         (tmp_path / "a.png", NAMES),
         (np.asarray(image), Vocabulary(NAMES)),
         (image, vocabulary),
-        (image, tmp_path / "names.safetensors"),
+        (image, tmp_path / "names"),
+        (image, str(tmp_path / "names" / "vocabulary.json")),
     ):
         (found,) = again.segment(given_image, labels)
         assert torch.equal(found.segmentation, expected.segmentation)
@@ -101,10 +104,13 @@ def test_what_is_refused(free_folder, tmp_path):
     (tmp_path / "no.png").write_text("no image")
     with pytest.raises(ValueError, match="is not an image"):
         again.segment(tmp_path / "no.png", NAMES)
-    again.record.__dict__["text_fingerprint"] = "another"
-    again.save_vocabulary(vocabulary, tmp_path / "names.safetensors")
-    with pytest.raises(ValueError, match="made with another model"):
-        load_exported(free_folder).segment(image, tmp_path / "names.safetensors")
+    foreign = replace(vocabulary, encoder="another")
+    foreign.save_pretrained(tmp_path / "names")
+    for labels in (foreign, tmp_path / "names"):
+        with pytest.raises(ValueError, match=r"made with another model: its text tower has the fingerprint another"):
+            again.segment(image, labels)
+    with pytest.raises(FileNotFoundError, match="There is no vocabulary.json in"):
+        again.segment(image, tmp_path / "none")
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,14 +1,19 @@
 """Vocabularies on disk."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 from hf_opentrans import Vocabulary
-from hf_opentrans.deploy import load_vocabulary, read_vocabulary, save_vocabulary
-from hf_opentrans.deploy.vocabularies import vocabulary_from_dict, vocabulary_to_dict
+from hf_opentrans.deploy import read_vocabulary
+from hf_opentrans.deploy.vocabularies import (
+    check_encoder,
+    load_vocabulary,
+    vocabulary_from_dict,
+    vocabulary_to_dict,
+)
 
 
 def encoded(names, **options) -> Vocabulary:
@@ -28,33 +33,23 @@ def test_a_vocabulary_survives_its_dictionary(background, is_merged):
         vocabulary_from_dict({"classes": ["cat"], "is_merged": False})
 
 
-def test_an_encoded_vocabulary_belongs_to_a_text_tower(tmp_path):
-    path = tmp_path / "more" / "names.safetensors"
+def test_embeddings_belong_to_a_text_tower(tmp_path):
     vocabulary = encoded(["cat", "sofa; couch"], background="words17")
-    save_vocabulary(vocabulary, path, text_fingerprint="abc")
-    again, made_by = load_vocabulary(path, text_fingerprint="abc")
-    assert (again, made_by) == (vocabulary, "abc")
-    torch.testing.assert_close(again.text_embeddings, vocabulary.text_embeddings)
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-    with pytest.raises(ValueError, match="made with another model: its text tower has the fingerprint abc"):
-        load_vocabulary(path, text_fingerprint="def")
-
-
-def test_bad_vocabulary_files(tmp_path):
-    with pytest.raises(ValueError, match="not encoded"):
-        save_vocabulary(Vocabulary(["cat"]), tmp_path / "a.safetensors", text_fingerprint="a")
-    with pytest.raises(ValueError, match="must end in"):
-        save_vocabulary(encoded(["cat"]), tmp_path / "a.bin", text_fingerprint="a")
-    with pytest.raises(FileNotFoundError, match="There is no vocabulary file"):
-        load_vocabulary(tmp_path / "a.safetensors")
-    (tmp_path / "b.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="is no encoded vocabulary"):
-        load_vocabulary(tmp_path / "b.safetensors")
-    wrong = encoded(["cat", "dog"])
-    object.__setattr__(wrong, "text_embeddings", normalize(torch.randn(3, 8), dim=-1))
-    save_vocabulary(wrong, tmp_path / "c.safetensors", text_fingerprint="a")
-    with pytest.raises(ValueError, match="3 embeddings for 2 names"):
-        load_vocabulary(tmp_path / "c.safetensors")
+    check_encoder(vocabulary, "abc")  # made by the user: nobody can tell
+    vocabulary = replace(vocabulary, encoder="abc")
+    path = vocabulary.save_pretrained(tmp_path / "names")
+    for given in (path, path.parent):
+        again = load_vocabulary(given)
+        assert again == vocabulary
+        assert again.text_embeddings is not None
+        torch.testing.assert_close(again.text_embeddings, vocabulary.text_embeddings)
+        check_encoder(again, "abc")
+        for other in ("def", None):
+            with pytest.raises(ValueError, match="made with another model: its text tower has the fingerprint abc"):
+                check_encoder(again, other)
+    check_encoder(Vocabulary(["cat"]), "def")
+    with pytest.raises(FileNotFoundError, match=r"There is no vocabulary\.json in .*none"):
+        load_vocabulary(tmp_path / "none")
 
 
 def test_names_are_read_from_text_and_files(tmp_path):
@@ -62,8 +57,8 @@ def test_names_are_read_from_text_and_files(tmp_path):
     (tmp_path / "names.json").write_text(json.dumps(["cat", ["sofa", "couch"]]))
     (tmp_path / "joined.json").write_text(json.dumps(["cat", "sofa; couch"]))
     (tmp_path / "names.txt").write_text("cat\n\nsofa, couch\n")
-    save_vocabulary(encoded(["cat", "sofa; couch"]), tmp_path / "names.safetensors", text_fingerprint="a")
-    names = ["names.json", "joined.json", "names.txt", "names.safetensors"]
+    Vocabulary(["cat", "sofa; couch"]).save_pretrained(tmp_path / "saved")
+    names = ["names.json", "joined.json", "names.txt", "saved", "saved/vocabulary.json"]
     for text in ("cat; sofa, couch", *(str(tmp_path / name) for name in names)):
         found = read_vocabulary(text, templates="photo")
         assert found.classes == expected, text
