@@ -12,10 +12,11 @@ from typing import Any
 
 
 def check_output_folder(folder: str | Path, *, marker: str) -> Path:
-    """Return `folder` as a path if it may be written: absent, empty, or an earlier output (it holds `marker`).
+    """Return `folder` as a path if it can be written: absent, empty, or an earlier output (it holds `marker`).
 
     Raises:
-        FileExistsError: If it is a file, or holds files of someone else.
+        FileExistsError: If it is a file, lies under one, or holds files of someone else.
+        OSError: If nothing can be written there.
     """
     path = Path(folder)
     if path.is_file():
@@ -27,7 +28,25 @@ def check_output_folder(folder: str | Path, *, marker: str) -> Path:
                 f"The folder {str(path)!r} already holds {', '.join(foreign[:3])}{' ...' * (len(foreign) > 3)}. "
                 "An output folder must be new, empty, or an earlier output of this command. Choose another folder."
             )
+    _check_writable(path.resolve().parent)
     return path
+
+
+def _check_writable(parent: Path) -> None:
+    """Refuse a place where no folder can be made, before work starts whose result would have no place."""
+    base = next(place for place in (parent, *parent.parents) if place.exists())
+    if not base.is_dir():
+        raise FileExistsError(f"{str(base)!r} is a file. No folder can lie in it. Choose another name.")
+    try:
+        Path(tempfile.mkdtemp(prefix=".writable.", dir=base)).rmdir()
+    except OSError as err:
+        if is_disk_full(err):
+            return  # said when the files are written
+        raise OSError(
+            err.errno,
+            f"{str(base)!r} cannot be written to ({err.strerror}). The output needs a folder of its own. "
+            "Choose another place.",
+        ) from err
 
 
 @contextmanager

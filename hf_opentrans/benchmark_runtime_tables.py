@@ -80,7 +80,7 @@ def runtime_notes(rows: Sequence[RuntimeRow], values: dict[str, Any]) -> list[st
     for row in rows:
         if row.mac_ratio > 1:
             shares.setdefault((row.runtime, row.precision), []).append(row.efficiency)
-    spans = [f"{name} {kind} {min(found):.0%} to {max(found):.0%}" for (name, kind), found in shares.items()]
+    spans = [f"{name} {kind} {_span(found)}" for (name, kind), found in shares.items()]
     if spans:
         notes.append(f"What pruning gains inside each runtime, as a share of the ratio of MACs: {'; '.join(spans)}.")
         best = max((row for row in rows if row.model == last), key=lambda row: row.speed_up)
@@ -97,6 +97,11 @@ def runtime_notes(rows: Sequence[RuntimeRow], values: dict[str, Any]) -> list[st
 def _short(model: str) -> str:
     """Return the last part of a path; Hub ids and the names of random towers as they are."""
     return Path(model).name if model.startswith(("/", ".", "~")) else model
+
+
+def _span(shares: Sequence[float]) -> str:
+    least, most = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _setting(setting: Setting) -> str:

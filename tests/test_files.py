@@ -147,6 +147,22 @@ def test_a_file_is_no_folder(tmp_path):
         write(tmp_path / "file")
 
 
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match=r"file' is a file\. No folder can lie in it"):
+        check_output_folder(tmp_path / "file" / "more" / "out", marker=MARKER)
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_opentrans._files.tempfile.mkdtemp", refuse)
+        with pytest.raises(PermissionError, match=r"cannot be written to \(Permission denied\)\. .* another place"):
+            check_output_folder(tmp_path / "new" / "out", marker=MARKER)
+    check_output_folder(tmp_path / "new" / "out", marker=MARKER)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     write(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)

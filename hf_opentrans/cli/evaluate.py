@@ -57,9 +57,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of each.")] = None,
     budget: BudgetOption = None,
-    precision: Annotated[
-        str, typer.Option(help=f"{' | '.join(_PRECISIONS)}: what the models compute in.")
-    ] = "fp32",
+    precision: Annotated[str, typer.Option(help=f"{' | '.join(_PRECISIONS)}: what the models compute in.")] = "fp32",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every figure here after every row; go on from it.")
     ] = None,
@@ -77,8 +75,7 @@ def evaluate(
         if twice:
             raise ValueError(f"--{twice[0]} is given, and --set {twice[0]} too. One of them decides. Keep one.")
         chosen = find_protocol(protocol, **given, **more)
-        if precision not in _PRECISIONS:
-            raise ValueError(f"--precision is {precision!r}. It must be one of {', '.join(_PRECISIONS)}.")
+        dtype = _dtype(precision)
         if (dataset is None) == (not benchmark):
             raise ValueError(
                 f"--dataset is {None if dataset is None else str(dataset)!r} and --benchmark {benchmark or None}. "
@@ -92,7 +89,7 @@ def evaluate(
     wait_for_all()  # nobody writes before all have read
     rows = []
     for model in dict.fromkeys(models):
-        parts = _load(model, budget, precision, chosen)
+        parts = _load(model, budget, dtype, chosen)
         shown = model if budget is None else f"{model} at budget {budget:g}"
         shown += "" if precision == "fp32" else f" in {precision}"
         rows += [_row(shown, parts, name, data[name], chosen, limit, results) for name in data]
@@ -101,10 +98,16 @@ def evaluate(
         results.save(at_end=True)
 
 
-def _load(name: str, budget: float | None, precision: str, protocol: Protocol) -> Parts:
+def _dtype(precision: str) -> torch.dtype:
+    if precision not in _PRECISIONS:
+        raise ValueError(f"--precision is {precision!r}. It must be one of {', '.join(_PRECISIONS)}.")
+    return _PRECISIONS[precision]
+
+
+def _load(name: str, budget: float | None, dtype: torch.dtype, protocol: Protocol) -> Parts:
     """Return a segmenter that can follow the protocol, on the device and in the precision, and its processor."""
     parts: Parts = load_segmenter(name, budget=budget)
-    parts[0].to(_device(), _PRECISIONS[precision])
+    parts[0].to(_device(), dtype)
     with usage():
         protocol.check_model(parts[0])
     if is_main_process():

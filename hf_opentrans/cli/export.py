@@ -31,7 +31,7 @@ def export(
     vocabulary: Annotated[
         str | None,
         typer.Option(
-            help="Build in 'cat; sofa, couch', a .json or .txt file, or a saved vocabulary; no text tower is needed then."
+            help="Build in 'cat; sofa, couch', a .json or .txt file, or a saved vocabulary; without text tower."
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8.")] = False,

@@ -229,8 +229,8 @@ class _Job:
                     vocabulary = model.encode_vocabulary(vocabulary, tokenizer)
             options = {"mode": config.mode} if config.mode is not None else {}
             graph: Exportable
-            if isinstance(model, MaskQueriesModel) and vocabulary is None:
-                graph = MaskQueriesGraph(model, example)
+            if isinstance(model, MaskQueriesModel):
+                graph = MaskQueriesGraph(model, example, vocabulary)
             else:
                 graph = SegmenterGraph(model, vocabulary, example, options)
         else:
@@ -385,11 +385,6 @@ def _check_model(model: Any, config: ExportConfig, vocabulary: Vocabulary | None
         raise ValueError(
             f"The model is in {state}. It must be in evaluation mode, in float32, on the CPU. Call "
             "model.eval().float().cpu()."
-        )
-    if config.format == "openvino" and isinstance(model, MaskQueriesModel):
-        raise ValueError(
-            f"format is 'openvino', and the model is a {type(model).__name__}. OpenVINO computes other masks than its "
-            "masked attention does. Use onnx or torch-export."
         )
     if config.mode is not None and not isinstance(model, DenseCLIPForSegmentation):
         raise ValueError(

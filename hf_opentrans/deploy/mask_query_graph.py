@@ -27,33 +27,44 @@ class MaskQueriesGraph(Exportable):
     Args:
         model: In evaluation mode.
         example: Images to find out by which outputs there are, `(batch_size, 3, height, width)`.
+        vocabulary: An encoded one to build in; images are the only input then.
     """
 
-    def __init__(self, model: MaskQueriesModel, example: torch.Tensor) -> None:
+    def __init__(self, model: MaskQueriesModel, example: torch.Tensor, vocabulary: Vocabulary | None = None) -> None:
         super().__init__()
         self.model = model
-        text = torch.eye(4, cast("int", model.config.projection_dim))
+        fixed: dict[str, torch.Tensor] = {}
+        if vocabulary is not None:
+            fixed = class_inputs(vocabulary, cast("Any", vocabulary.text_embeddings), ensemble_of(model))
+        for name in (TEXT, QUERIES, WEIGHTS):
+            self.register_buffer(f"fixed_{name}", fixed.get(name))
+        text = torch.eye(4, cast("int", model.config.projection_dim)), torch.tensor(_EXAMPLE_CLASSES)
         with torch.no_grad():
-            outputs = self._outputs(example, text, torch.tensor(_EXAMPLE_CLASSES), torch.full((3,), 0.5))
+            outputs = self._outputs(example, *text, torch.full((3,), 0.5))
         tensors = [name for name, value in outputs.items() if isinstance(value, torch.Tensor)]
         self.output_names = tuple(sorted(tensors, key=lambda name: name != "logits"))
 
     def forward(
         self,
         pixel_values: torch.Tensor,
-        text_embeddings: torch.Tensor,
-        class_queries: torch.Tensor,
+        text_embeddings: torch.Tensor | None = None,
+        class_queries: torch.Tensor | None = None,
         class_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Return the outputs of the model in the order of `output_names`.
 
         Args:
             pixel_values: Images of shape `(batch_size, 3, height, width)`.
-            text_embeddings: Unit embeddings of shape `(queries, dim)`, class after class.
+            text_embeddings: Unit embeddings of shape `(queries, dim)`, class after class. This and all that follows is
+                None where a vocabulary is built in.
             class_queries: Indices of the queries of every class, ascending, and its first one again where another
                 class has more, `(classes, most)`.
             class_weights: Of FC-CLIP alone: the weight of CLIP's own classification for every class, `(classes,)`.
         """
+        if text_embeddings is None or class_queries is None:
+            buffers = dict(self.named_buffers(recurse=False))
+            text_embeddings, class_queries = buffers[f"fixed_{TEXT}"], buffers[f"fixed_{QUERIES}"]
+            class_weights = buffers.get(f"fixed_{WEIGHTS}")
         outputs = self._outputs(pixel_values, text_embeddings, class_queries, class_weights)
         return tuple(cast("torch.Tensor", outputs[name]) for name in self.output_names)
 

@@ -67,7 +67,7 @@ class OnnxSession:
         errors = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        # Its threads would spin for some 50 ms after a run, and slow down whatever runs next: another session, PyTorch.
+        # Its threads would spin for a while after a run, and slow down whatever runs next: another session, PyTorch.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from hf_opentrans.deploy.vocabularies import vocabulary_from_dict
 
 EXPORT_FILE = "export.json"
 # Number of the layout of export.json; a reader refuses others.
@@ -115,10 +117,11 @@ class ExportRecord:
                 f"fields {', '.join(sorted(known))}. Export the model again."
             )
         wrong = [name for name, kind in _KINDS.items() if not isinstance(values[name], kind)]
-        if wrong or len(values["image_size"]) != 2 or not all(map(_is_file_entry, values["files"].values())):
+        wrong = wrong or [name for name, is_right in _CHECKS.items() if not is_right(values[name])]
+        if wrong:
             raise ValueError(
-                f"{str(path)!r} is damaged: {', '.join(wrong or ['image_size or files'])} cannot be read. It must be "
-                "as `hf-opentrans export` wrote it. Copy it again, or export the model again."
+                f"{str(path)!r} is damaged: {', '.join(wrong)} cannot be read. It must be as `hf-opentrans export` "
+                "wrote it. Copy it again, or export the model again."
             )
         if values["format"] not in SUFFIXES:
             raise ValueError(
@@ -157,8 +160,27 @@ class ExportRecord:
                 )
 
 
-def _is_file_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+def _are_file_entries(entries: dict[str, Any]) -> bool:
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in entries.values()
+    )
+
+
+def _is_vocabulary(values: Any) -> bool:
+    try:
+        return values is None or len(vocabulary_from_dict(values).queries) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+# What the fields must hold, where they are of the right kind.
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "image_size": lambda sides: len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides),
+    "patch_size": lambda side: side > 0,
+    "files": _are_file_entries,
+    "vocabulary": _is_vocabulary,
+}
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -57,7 +57,12 @@ def read_vocabulary(text: str, *, templates: str) -> Vocabulary:
             f"There is no vocabulary file {text!r}. It must exist. Check the path, or give the names themselves: "
             "'cat; sofa, couch'."
         )
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ValueError(
+            f"The vocabulary {str(path)!r} is not UTF-8 ({err}). Names are read as UTF-8. Save it in that encoding."
+        ) from err
     if path.suffix.lower() == ".txt":
         lines = [line.split(",") for line in content.splitlines() if line.strip()]
         return Vocabulary(lines, templates=templates)

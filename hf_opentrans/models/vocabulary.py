@@ -319,7 +319,11 @@ def _read_embeddings(path: Path | None, vocabulary: Vocabulary) -> torch.Tensor:
     try:
         embeddings = load_state_dict_from_file(path)["text_embeddings"]
     except (KeyError, OSError, ValueError, RuntimeError) as err:
-        raise ValueError(f"{str(path)!r} is damaged ({err}). Save or download the vocabulary again.") from err
+        # Not with the library's own words: they advise to load pickles.
+        raise ValueError(
+            f"{str(path)!r} is damaged. It must be a safetensors file with text_embeddings. Save or download the "
+            "vocabulary again."
+        ) from err
     if embeddings.ndim != 2 or len(embeddings) != len(vocabulary.queries):
         raise ValueError(
             f"{str(path)!r} holds embeddings of shape {tuple(embeddings.shape)}. There must be one row for each of "

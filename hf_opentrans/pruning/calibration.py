@@ -74,7 +74,7 @@ def list_images(images: Any) -> list[Any]:
         raise TypeError(f"images is {type(images).__name__}. It must be a folder, a dataset or an iterable of images.")
     found = list(images)
     if not found:
-        raise ValueError("There are 0 calibration images. Pruning needs some. Give a folder or a list of images.")
+        raise ValueError("There are 0 calibration images. At least one is needed. Give a folder or a list of images.")
     return found
 
 
@@ -88,7 +88,7 @@ def _list_folder(folder: Path) -> list[Any]:
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
         raise ValueError(
-            f"The folder {str(folder)!r} holds 0 images ({', '.join(IMAGE_SUFFIXES)}). Pruning needs some. "
+            f"The folder {str(folder)!r} holds 0 images ({', '.join(IMAGE_SUFFIXES)}). At least one is needed. "
             "Give another folder."
         )
     return found

@@ -111,3 +111,33 @@ def test_mistakes_end_in_one_sentence(tmp_path, tiny_clip_folder):
     code, _, error = run(tiny_clip_folder, "--format", "torch-export", "--output", tmp_path / "foreign")
     assert (code, "already holds thesis.txt" in error) == (USAGE, True), error
     assert not (tmp_path / "out").exists()
+
+
+def test_outputs_and_images_that_cannot_be_used(tmp_path, tiny_clip_folder):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"junk")
+    cases = [
+        (["--format", "torch-export", "--output", tmp_path / "file"], "file"),
+        (["--format", "torch-export", "--output", tmp_path / "file" / "more"], "file"),
+        (["--int8", "--calibration", tmp_path / "empty", "--output", tmp_path / "out"], "empty"),
+        (["--int8", "--calibration", tmp_path / "none", "--output", tmp_path / "out"], "none"),
+    ]
+    for options, named in cases:
+        code, _, error = run(tiny_clip_folder, *options)
+        assert code in (USAGE, FAILURE), error
+        assert str(tmp_path / named) in error, error
+        assert "Traceback" not in error
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_500_names_are_built_in(tmp_path, tiny_clip_folder, tiny_images):
+    names = "; ".join(f"name {index}" for index in range(500))
+    code, out, error = run(
+        tiny_clip_folder, "--format", "torch-export", "--vocabulary", names, "--output", tmp_path / "out"
+    )
+    assert (code, "vocabulary of 500 names" in out) == (0, True), error
+    (result,) = load_exported(tmp_path / "out").segment(tiny_images[0])
+    assert len(result.labels) == 500

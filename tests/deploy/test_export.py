@@ -187,8 +187,11 @@ def test_damaged_folders(fixed_folder, tmp_path):
         (lambda folder: rewrite(folder, format="coreml"), ValueError, "names the format 'coreml'"),
         (lambda folder: rewrite(folder, outputs=None), ValueError, "is damaged: outputs cannot be read"),
         (lambda folder: rewrite(folder, files=3), ValueError, "is damaged: files cannot be read"),
-        (lambda folder: rewrite(folder, image_size=[32]), ValueError, "is damaged: image_size or files"),
-        (lambda folder: rewrite(folder, files={"model.pt2": 1}), ValueError, "is damaged: image_size or files"),
+        (lambda folder: rewrite(folder, image_size=[32]), ValueError, "is damaged: image_size cannot"),
+        (lambda folder: rewrite(folder, image_size=[32, "wide"]), ValueError, "is damaged: image_size cannot"),
+        (lambda folder: rewrite(folder, patch_size=0), ValueError, "is damaged: patch_size cannot"),
+        (lambda folder: rewrite(folder, vocabulary={"classes": 3}), ValueError, "is damaged: vocabulary cannot"),
+        (lambda folder: rewrite(folder, files={"model.pt2": 1}), ValueError, "is damaged: files cannot"),
         (lambda folder: (folder / EXPORT_FILE).unlink(), FileNotFoundError, "There is no export.json"),
     ]
     for number, (damage, error, message) in enumerate(cases):

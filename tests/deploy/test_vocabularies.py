@@ -67,6 +67,9 @@ def test_names_are_read_from_text_and_files(tmp_path):
             read_vocabulary(text, templates="photo")
     (tmp_path / "bad.json").write_text("[")
     (tmp_path / "map.json").write_text('{"cat": 1}')
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt' is not UTF-8 .* Save it in that encoding"):
+        read_vocabulary(str(tmp_path / "latin.txt"), templates="photo")
     with pytest.raises(ValueError, match="is not valid JSON"):
         read_vocabulary(str(tmp_path / "bad.json"), templates="photo")
     with pytest.raises(TypeError, match="holds a dict"):

@@ -248,7 +248,7 @@ def test_no_or_a_damaged_vocabulary(tmp_path):
     path.write_text(json.dumps(good))
     weights = tmp_path / "vocabulary.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"vocabulary\.safetensors' is damaged .*Save or download"):
+    with pytest.raises(ValueError, match=r"vocabulary\.safetensors' is damaged\. .*Save or download"):
         Vocabulary.find(tmp_path)
     weights.write_bytes(pickle.dumps({"text_embeddings": 1}))
     with pytest.raises(ValueError, match=r"vocabulary\.safetensors' is damaged"):
