@@ -15,7 +15,7 @@ NEEDS_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 
 
 help:
 	@echo "make demo    install into $(VENV), prune and segment, write demo-output/"
-	@echo "make test    install the test extra into $(VENV), run the tests"
+	@echo "make test    install the test extra into $(VENV), run all tests but those of make test-deploy"
 	@echo "make test-deploy  install the runtimes and the demo too, run their tests"
 	@echo "make results measure the published figures (hours; goes on where it stopped)"
 	@echo "make lint    ruff check and ruff format --check"
@@ -67,12 +67,12 @@ results: $(VENV)/.deploy-test
 		--json model_cards/results/runtimes-vit-b16-512.json
 	$(BIN)/hf-opentrans benchmark tables README.md model_cards/*.md
 
+# The runtimes and the demo have a run of their own: they are large, and `make test` must be quick.
+DEPLOY_TESTS := tests/deploy tests/app tests/test_cli_app.py tests/test_benchmark_runtimes.py
 # One thread per worker: two workers then fill two cores without fighting over them.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(addprefix --ignore=,$(DEPLOY_TESTS)) $(PYTEST_ARGS)
 
-# The runtimes and the demo, in a run of its own: they are large, and `make test` must be quick.
-DEPLOY_TESTS := tests/deploy tests/app tests/test_cli_app.py tests/test_benchmark_runtimes.py
 test-deploy: $(VENV)/.deploy-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(DEPLOY_TESTS) $(PYTEST_ARGS)
 

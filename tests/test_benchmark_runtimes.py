@@ -261,7 +261,7 @@ def test_notes_name_the_best_and_what_was_not_run():
         "settings": {"runtime_versions": {"openvino": "1"}},
     }
     notes = runtime_notes([ROW, SMALL, quick], values)
-    assert "eager fp32 90% to 90%; openvino fp32 95% to 95%" in notes[1]
+    assert "eager fp32 90%; openvino fp32 95%" in notes[1]
     assert notes[2] == "The fastest way to run small: openvino fp32, batch 1, 32 px, 4.00 times as fast."
     assert notes[3:] == ["With openvino 1.", "Not run: eager bf16. No."]
 
