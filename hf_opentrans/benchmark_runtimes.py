@@ -19,7 +19,7 @@ from hf_opentrans.benchmark_runtime_memory import peak_memory
 from hf_opentrans.benchmark_runtime_plan import FORMATS, NotRun, RuntimeRow, Setting
 from hf_opentrans.benchmark_runtime_quality import RuntimeScores
 from hf_opentrans.deploy.onnx_runtime import write_onnx
-from hf_opentrans.deploy.openvino_runtime import convert_openvino, import_openvino, write_openvino
+from hf_opentrans.deploy.openvino_runtime import convert_openvino, openvino_core, write_openvino
 from hf_opentrans.deploy.quantization import (
     compress_openvino_weights,
     quantize_onnx_dynamic,
@@ -105,7 +105,7 @@ class Towers:
             return
         plain = self.graph(name, runtime, "fp32", side)
         if kind == "int8-weights":
-            write_openvino(compress_openvino_weights(import_openvino().Core().read_model(str(plain))), path)
+            write_openvino(compress_openvino_weights(openvino_core().read_model(str(plain))), path)
         elif kind == "int8-dynamic":
             quantize_onnx_dynamic(plain, path)
         else:

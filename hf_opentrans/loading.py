@@ -446,8 +446,9 @@ def _clear_errors(path: str) -> Iterator[None]:
         if isinstance(err, FileNotFoundError) and str(path) in str(err):
             raise
         first = str(err).splitlines()[0] if str(err) else type(err).__name__
+        what = "The model" if folder.is_dir() else f"There is no folder {path!r}, and the model of the Hub"
         raise FileNotFoundError(
-            f"The model {path!r} could not be loaded: {first.rstrip('.')}. It needs config.json, model.safetensors "
+            f"{what} {path!r} could not be loaded: {first.rstrip('.')}. It needs config.json, model.safetensors "
             "and the processor's files. Check the name, or the folder's content."
         ) from err
 

@@ -9,6 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import json
 import random
 import socket
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,34 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Each is one token; any other word is spelt.
 WORDS = ["a", "an", "photo", "of", "the", "cat", "dog", "sofa", "couch", "wall", "sky"]
+
+# The finder refuses hf_opentrans even where it is installed.
+BEFORE = """
+import copy, json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_opentrans":
+            raise ImportError("hf_opentrans is blocked")
+
+sys.meta_path.insert(0, Blocker())
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+folder, outputs = sys.argv[1], {}
+"""
+AFTER = """
+assert not any(name.split(".")[0] == "hf_opentrans" for name in sys.modules)
+save_file({name: value.contiguous() for name, value in outputs.items()}, f"{folder}/outputs.safetensors")
+"""
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -121,7 +146,7 @@ def tiny_clip_config(tiny_tokenizer: CLIPTokenizer) -> Callable[..., CLIPConfig]
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_clip(tiny_clip_config: Callable[..., CLIPConfig]) -> Callable[..., CLIPModel]:
     """Return a function (seed=0, **vision) that builds a stock CLIPModel in eval mode.
 
@@ -146,12 +171,22 @@ def tiny_clip(make_tiny_clip: Callable[..., CLIPModel]) -> CLIPModel:
     return make_tiny_clip()
 
 
+@pytest.fixture(scope="session")
+def make_tiny_images() -> Callable[[], list[Image.Image]]:
+    """Return a function that draws the 8 smooth random RGB pictures of `tiny_images`."""
+
+    def make() -> list[Image.Image]:
+        rng = np.random.default_rng(0)
+        coarse = rng.integers(0, 256, size=(8, 5, 6, 3), dtype=np.uint8)
+        return [Image.fromarray(picture).resize((48, 40), Image.Resampling.BICUBIC) for picture in coarse]
+
+    return make
+
+
 @pytest.fixture
-def tiny_images() -> list[Image.Image]:
+def tiny_images(make_tiny_images: Callable[[], list[Image.Image]]) -> list[Image.Image]:
     """Return 8 smooth random RGB pictures, 40 pixels high and 48 wide."""
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, size=(8, 5, 6, 3), dtype=np.uint8)
-    return [Image.fromarray(picture).resize((48, 40), Image.Resampling.BICUBIC) for picture in coarse]
+    return make_tiny_images()
 
 
 @pytest.fixture
@@ -198,6 +233,25 @@ def tiny_clip_folder(
     for part in (tiny_clip, tiny_tokenizer, tiny_image_processor):
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_without_package() -> Callable[[str, Path], dict[str, torch.Tensor]]:
+    """Return a function (code, folder) that runs code in a process where hf_opentrans cannot be imported.
+
+    The code finds `folder`, `load_file`, `copy`, `json`, torch and transformers, and fills `outputs` with tensors,
+    which come back.
+    """
+
+    def run(code: str, folder: Path) -> dict[str, torch.Tensor]:
+        environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+        whole = BEFORE + textwrap.dedent(code) + AFTER
+        command = [sys.executable, "-I", "-c", whole, str(folder)]  # -I: no PYTHONPATH, no current folder
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return load_file(folder / "outputs.safetensors")
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_missing_folder(load, name):
 
 @LOADERS
 def test_unknown_name_says_what_a_model_needs(load):
-    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' could not be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder 'nobody/nothing', and .* could not be loaded"):
         load("nobody/nothing")
 
 

@@ -9,12 +9,11 @@ from rich.markup import escape
 from hf_opentrans._files import check_output_folder
 from hf_opentrans.cli._common import app, command_line, err, guarded, out, save_json, show_table, usage
 from hf_opentrans.cli.commands import BudgetOption, JsonFile, Mode, say_budget
-from hf_opentrans.deploy.export import ExportConfig, export_model, load_exportable
+from hf_opentrans.deploy.export import ExportConfig, check_exportable, export_model, load_exportable
 from hf_opentrans.deploy.record import EXPORT_FILE, ExportRecord
 from hf_opentrans.deploy.sessions import PRECISIONS
-from hf_opentrans.deploy.vocabularies import check_encoder, read_vocabulary
+from hf_opentrans.deploy.vocabularies import read_vocabulary
 from hf_opentrans.models.modeling_elastic_clip import ElasticMixin
-from hf_opentrans.models.modeling_open_vocabulary import OpenVocabularyModel
 from hf_opentrans.models.vocabulary import Vocabulary
 
 COMPUTES_IN = ("fp32", "bf16")
@@ -68,6 +67,7 @@ def export(
         source = model if chosen is None else f"{model} at budget {chosen:g}"
         with usage():
             names = _vocabulary(vocabulary, templates, loaded)
+            check_exportable(loaded, processor, config, names)
         options = {"calibration": calibration, "source": source, "on_stage": status.update}
         record = export_model(loaded, processor, output, config, vocabulary=names, **options)
     height, width = record.image_size
@@ -121,10 +121,7 @@ def _vocabulary(text: str | None, templates: str | None, model: Any) -> Vocabula
     if text is None:
         return None
     default = getattr(model.config, "segmentation_templates", "plain")
-    found = read_vocabulary(text, templates=templates or default)
-    if isinstance(model, OpenVocabularyModel):
-        check_encoder(found, model.text_fingerprint())
-    return found
+    return read_vocabulary(text, templates=templates or default)
 
 
 def _file_table(record: ExportRecord) -> tuple[list[str], list[list[str]]]:

@@ -137,6 +137,47 @@ def load_exportable(name: str | Path, *, budget: float | None = None) -> tuple[P
     return load_segmenter(path, budget=budget)
 
 
+def check_exportable(
+    model: Any, processor: Any, config: ExportConfig, vocabulary: Vocabulary | None = None
+) -> tuple[int, int]:
+    """Refuse what cannot be exported before any work, and return `(height, width)` of the images in pixels.
+
+    Args:
+        model: See `export_model`, as all others.
+        processor: Gives the size where `config` names none.
+        config: How to export.
+        vocabulary: Names to build in.
+
+    Raises:
+        TypeError: If the model is none that can be exported.
+        ValueError: If its state, the resolution, the mode or the vocabulary does not fit.
+    """
+    known = (OpenVocabularyModel, SparseCLIPVisionModel, SparseCLIPVisionModelWithProjection)
+    if not isinstance(model, known):
+        raise TypeError(
+            f"Got a {type(model).__name__}. Segmenters of this package and CLIP vision towers can be exported. "
+            "Load it with load_exportable."
+        )
+    if model.training or model.dtype != torch.float32 or model.device.type != "cpu":
+        state = f"{'training' if model.training else 'evaluation'} mode, {model.dtype}, on {model.device}"
+        raise ValueError(
+            f"The model is in {state}. It must be in evaluation mode, in float32, on the CPU. Call "
+            "model.eval().float().cpu()."
+        )
+    if config.mode is not None and not isinstance(model, DenseCLIPForSegmentation):
+        raise ValueError(
+            f"mode is {config.mode!r}, and the model is a {type(model).__name__}. Only a training-free segmenter has "
+            "a choice. Leave it out."
+        )
+    if vocabulary is not None and not isinstance(model, OpenVocabularyModel):
+        raise ValueError(f"A vocabulary is given, and a {type(model).__name__} reads no text. Leave it out.")
+    if vocabulary is not None:
+        check_encoder(vocabulary, model.text_fingerprint())
+    vision = _vision_config(model)
+    image_processor = getattr(processor, "image_processor", processor)
+    return config.image_size(_default_side(image_processor, vision), vision.patch_size)
+
+
 @torch.no_grad()
 def export_model(
     model: PreTrainedModel,
@@ -169,11 +210,11 @@ def export_model(
             folder stays as it was.
     """
     config = config or ExportConfig()
-    _check_model(model, config, vocabulary)
+    size = check_exportable(model, processor, config, vocabulary)
     _require_packages(config)
     check_output_folder(output, marker=EXPORT_FILE)
     images = _calibration_images(config, calibration)
-    job = _Job.of(model, processor, config, vocabulary, source)
+    job = _Job.of(model, processor, config, vocabulary, source, size)
     on_stage("tracing")
     traced = job.trace()
     text = job.trace_text()
@@ -213,20 +254,17 @@ class _Job:
         config: ExportConfig,
         vocabulary: Vocabulary | None,
         source: str | None,
+        size: tuple[int, int],
     ) -> "_Job":
-        vision = _vision_config(model)
         image_processor = getattr(processor, "image_processor", processor)
         tokenizer = getattr(processor, "tokenizer", None)
-        size = config.image_size(_default_side(image_processor, vision), vision.patch_size)
         example = torch.zeros(2, 3, *size)
         text: tuple[dict[str, torch.Tensor], ...] = ()
         if isinstance(model, OpenVocabularyModel):
             if vocabulary is None:
                 text = _example_text(model, tokenizer)
-            else:
-                check_encoder(vocabulary, model.text_fingerprint())
-                if vocabulary.text_embeddings is None:
-                    vocabulary = model.encode_vocabulary(vocabulary, tokenizer)
+            elif vocabulary.text_embeddings is None:
+                vocabulary = model.encode_vocabulary(vocabulary, tokenizer)
             options = {"mode": config.mode} if config.mode is not None else {}
             graph: Exportable
             if isinstance(model, MaskQueriesModel):
@@ -371,28 +409,6 @@ class _Job:
             said.append(f"{traced.emptied} MLPs without neurons replaced by their bias")
         said.append(f"{traced.folded} constants in all, {traced.folded_bytes / 1024:,.0f} KiB")
         return said
-
-
-def _check_model(model: Any, config: ExportConfig, vocabulary: Vocabulary | None) -> None:
-    known = (OpenVocabularyModel, SparseCLIPVisionModel, SparseCLIPVisionModelWithProjection)
-    if not isinstance(model, known):
-        raise TypeError(
-            f"Got a {type(model).__name__}. Segmenters of this package and CLIP vision towers can be exported. "
-            "Load it with load_exportable."
-        )
-    if model.training or model.dtype != torch.float32 or model.device.type != "cpu":
-        state = f"{'training' if model.training else 'evaluation'} mode, {model.dtype}, on {model.device}"
-        raise ValueError(
-            f"The model is in {state}. It must be in evaluation mode, in float32, on the CPU. Call "
-            "model.eval().float().cpu()."
-        )
-    if config.mode is not None and not isinstance(model, DenseCLIPForSegmentation):
-        raise ValueError(
-            f"mode is {config.mode!r}, and the model is a {type(model).__name__}. Only a training-free segmenter has "
-            "a choice. Leave it out."
-        )
-    if vocabulary is not None and not isinstance(model, OpenVocabularyModel):
-        raise ValueError(f"A vocabulary is given, and a {type(model).__name__} reads no text. Leave it out.")
 
 
 def _require_packages(config: ExportConfig) -> None:

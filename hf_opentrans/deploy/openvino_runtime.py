@@ -1,5 +1,6 @@
 """OpenVINO files: written from a traced graph, and run on the CPU in a precision that is always said."""
 
+import functools
 import io
 import logging
 import os
@@ -57,6 +58,17 @@ def write_openvino(model: Any, path: Path) -> None:
     import_openvino().save_model(model, str(path), compress_to_fp16=False)
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """Return the one `openvino.Core` of this process, which lives as long as it.
+
+    OpenVINO's CPU plugin gives the thread that first compiles a graph another stack for signals, and frees it with its
+    core. Where two cores end in the order of their making, or one ends on another thread, the thread is left with a
+    freed stack, and its next signal (Ctrl-C, the end of a child process) kills the process (OpenVINO 2026.4).
+    """
+    return import_openvino().Core()
+
+
 class OpenVINOSession:
     """A graph that OpenVINO runs on the CPU.
 
@@ -78,7 +90,7 @@ class OpenVINOSession:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": computes_in, "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        core = openvino.Core()
+        core = openvino_core()
         try:
             self._compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
         except RuntimeError as err:

@@ -1,6 +1,8 @@
 """OpenVINO files: the same results in float32, and what bfloat16 and int8 weights change."""
 
 import os
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from hf_opentrans import Vocabulary
+from hf_opentrans import SparseCLIPVisionModel, Vocabulary
 from hf_opentrans.deploy import ExportConfig, OpenVINOSegmenter, export_model, load_exported
 from hf_opentrans.deploy.openvino_runtime import OpenVINOSession, import_openvino, quiet_openvino
 
@@ -65,6 +67,30 @@ def test_lower_precisions(parts, tmp_path, precision):
     if precision == "bf16":  # the precision can be chosen again
         found = load_exported(tmp_path / "out", precision="fp32")(pixels).dense_embeds
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+# Signals do not reach a test's own process safely: where this fails, they kill it.
+SIGNALS = """
+import faulthandler, os, signal, sys
+from pathlib import Path
+from hf_opentrans.deploy.openvino_runtime import OpenVINOSession
+
+faulthandler.disable()
+first, second = (OpenVINOSession(Path(sys.argv[1]), [], computes_in="f32", threads=1) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
+
+
+def test_signals_are_handled_after_models_are_gone(parts, tmp_path):
+    model = parts[0].vision_model
+    export_model(SparseCLIPVisionModel(model.config).eval(), parts[1], tmp_path / "out", config())
+    command = [sys.executable, "-c", SIGNALS, str(tmp_path / "out" / "model.xml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["handled", "alive"]), done.stderr[-2000:]
 
 
 def test_nothing_is_reported(monkeypatch):

@@ -1,10 +1,6 @@
 """FC-CLIP on a frozen CLIP: both classifiers, their ensemble, what is trained, and its way through disk."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -28,31 +24,6 @@ SMALL: dict[str, Any] = {
 }
 IGNORED = 255
 FROZEN = ("vision_model.", "text_model.", "visual_projection.", "text_projection.", "logit_scale")
-
-# Run with -I, like test_remote_code.py: hf_opentrans is refused even where it is installed.
-LOAD = """
-import copy, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_opentrans":
-            raise ImportError("hf_opentrans is blocked")
-
-sys.meta_path.insert(0, Blocker())
-import torch, transformers
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-folder = sys.argv[1]
-inputs = load_file(f"{folder}/inputs.safetensors")
-auto = transformers.AutoModelForSemanticSegmentation
-model = copy.deepcopy(auto.from_pretrained(f"{folder}/model", trust_remote_code=True))
-assert type(model).__name__ == "FCCLIPForSegmentation", type(model)
-with torch.no_grad():
-    outputs = model(inputs["pixels"], text_embeddings=inputs["text"], labels=inputs["labels"])
-assert not any(name.split(".")[0] == "hf_opentrans" for name in sys.modules)
-save_file({"loss": outputs.loss, "logits": outputs.logits.contiguous()}, f"{folder}/outputs.safetensors")
-"""
 
 
 def unit(*shape):
@@ -498,24 +469,6 @@ def test_a_missing_head_weight_is_refused(tmp_path, model):
     save_file({name: x for name, x in load_file(path).items() if name != lost}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"lacks 1 of the weights .* among them {lost}"):
         FCCLIPForSegmentation.from_pretrained(tmp_path)
-
-
-def test_it_loads_without_the_package(tmp_path, model, monkeypatch):
-    for kind, auto in ((FCCLIPConfig, "AutoConfig"), (FCCLIPForSegmentation, "AutoModelForSemanticSegmentation")):
-        monkeypatch.setattr(kind, "_auto_class", auto)
-    inputs = {"pixels": torch.randn(2, 3, 32, 32), "text": unit(3, 16), "labels": random_labels(2, 8, 8)}
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    model.save_pretrained(tmp_path / "model")
-    assert "AutoModelForSemanticSegmentation" in json.loads((tmp_path / "model/config.json").read_text())["auto_map"]
-    with torch.no_grad():
-        expected = model(inputs["pixels"], text_embeddings=inputs["text"], labels=inputs["labels"])
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "outputs.safetensors")
-    torch.testing.assert_close(found["loss"], expected.loss)
-    torch.testing.assert_close(found["logits"], expected.logits)
 
 
 @pytest.mark.parametrize(

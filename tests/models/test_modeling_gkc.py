@@ -1,15 +1,10 @@
 """GKC on a CLIP that trains: class logits, both distillations, what is trained, and its way through disk."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from hf_opentrans import (
@@ -40,32 +35,6 @@ SMALL: dict[str, Any] = {
 }
 IGNORED, DIM = 255, 16
 OUTPUTS = 3  # of the decoder: before the first of two layers, and of each
-
-# Run with -I, like test_remote_code.py: hf_opentrans is refused even where it is installed.
-LOAD = """
-import copy, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_opentrans":
-            raise ImportError("hf_opentrans is blocked")
-
-sys.meta_path.insert(0, Blocker())
-import torch, transformers
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-folder = sys.argv[1]
-inputs = load_file(f"{folder}/inputs.safetensors")
-auto = transformers.AutoModelForSemanticSegmentation
-model = copy.deepcopy(auto.from_pretrained(f"{folder}/model", trust_remote_code=True))
-assert type(model).__name__ == "GKCForSegmentation", type(model)
-with torch.no_grad():
-    call = {"text_embeddings": inputs["text"], "labels": inputs["labels"], "region_embeddings": [inputs["regions"]]}
-    outputs = model(inputs["pixels"], **call)
-assert not any(name.split(".")[0] == "hf_opentrans" for name in sys.modules)
-save_file({"loss": outputs.loss, "logits": outputs.logits.contiguous()}, f"{folder}/outputs.safetensors")
-"""
 
 
 def unit(*shape):
@@ -640,28 +609,6 @@ def test_default_configs_survive_disk(tmp_path):
     assert GKCConfig.from_pretrained(tmp_path) == config
     assert (config.num_queries, config.distillation, config.tapped_layers) == (100, "vision", (3, 6, 9, 12))
     assert config != GKCConfig(max_regions=3)
-
-
-def test_it_loads_without_the_package(tmp_path, model, monkeypatch):
-    for kind, auto in ((GKCConfig, "AutoConfig"), (GKCForSegmentation, "AutoModelForSemanticSegmentation")):
-        monkeypatch.setattr(kind, "_auto_class", auto)
-    labels = random_labels(1, 8, 8)
-    inputs = {"pixels": torch.randn(1, 3, 32, 32), "text": unit(3, DIM), "labels": labels}
-    inputs["regions"] = regions_of(labels)[0]
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    model.save_pretrained(tmp_path / "model")
-    assert "AutoModelForSemanticSegmentation" in json.loads((tmp_path / "model/config.json").read_text())["auto_map"]
-    with torch.no_grad():
-        expected = model(
-            inputs["pixels"], text_embeddings=inputs["text"], labels=labels, region_embeddings=[inputs["regions"]]
-        )
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "outputs.safetensors")
-    torch.testing.assert_close(found["loss"], expected.loss)
-    torch.testing.assert_close(found["logits"], expected.logits)
 
 
 @pytest.mark.parametrize(

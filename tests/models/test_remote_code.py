@@ -1,9 +1,6 @@
 """Saved folders load where hf_opentrans cannot be imported: their code travels with them."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any, cast
 
 import numpy as np
@@ -11,12 +8,15 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from hf_opentrans import (
+    CATSegForSegmentation,
     DeepLabV3PlusForSegmentation,
     DenseCLIPForSegmentation,
+    FCCLIPForSegmentation,
+    GKCForSegmentation,
     OpenVocabularyProcessor,
     SparseCLIPConfig,
     Vocabulary,
@@ -26,40 +26,35 @@ from hf_opentrans import (
 from hf_opentrans.models.pipeline_open_vocabulary import TASK, register_pipeline
 from hf_opentrans.pruning import LayerPlan, PruningPlan, to_sparse
 
-# Run with -I: no PYTHONPATH, no current folder. The finder refuses hf_opentrans even where it is installed.
 LOAD = """
-import copy, json, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_opentrans":
-            raise ImportError("hf_opentrans is blocked")
-
-sys.meta_path.insert(0, Blocker())
-import torch, transformers
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-folder = sys.argv[1]
 inputs = load_file(f"{folder}/inputs.safetensors")
 pixels, ids, text = inputs["pixels"], inputs["ids"], inputs["text"]
-outputs, kinds = {}, {}
+kinds = {}
+torch.set_grad_enabled(False)
 # Copies, because the alignment of memory-mapped weights changes the rounding.
-with torch.no_grad():
-    for name in ("vision", "masked", "projection"):
-        model = transformers.AutoModel.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
-        kinds[name] = type(model).__name__
-        outputs[name] = copy.deepcopy(model)(pixels)[0]
-    model = transformers.AutoModel.from_pretrained(f"{folder}/clip", trust_remote_code=True)
-    kinds["clip"] = type(model).__name__
-    outputs["clip"] = copy.deepcopy(model)(pixel_values=pixels, input_ids=ids).logits_per_image
-    auto = transformers.AutoModelForSemanticSegmentation
-    model = auto.from_pretrained(f"{folder}/dense", trust_remote_code=True)
-    kinds["dense"] = type(model).__name__
-    outputs["dense"] = copy.deepcopy(model)(pixels, text_embeddings=text).logits
-    config = transformers.AutoConfig.from_pretrained(f"{folder}/vision", trust_remote_code=True)
-    kinds["config"] = type(config).__name__
+for name in ("vision", "masked", "projection"):
+    model = transformers.AutoModel.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    kinds[name] = type(model).__name__
+    outputs[name] = copy.deepcopy(model)(pixels)[0]
+model = transformers.AutoModel.from_pretrained(f"{folder}/clip", trust_remote_code=True)
+kinds["clip"] = type(model).__name__
+outputs["clip"] = copy.deepcopy(model)(pixel_values=pixels, input_ids=ids).logits_per_image
+auto = transformers.AutoModelForSemanticSegmentation
+model = auto.from_pretrained(f"{folder}/dense", trust_remote_code=True)
+kinds["dense"] = type(model).__name__
+outputs["dense"] = copy.deepcopy(model)(pixels, text_embeddings=text).logits
+for name in ("deeplab", "catseg", "fcclip", "gkc"):
+    model = auto.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    kinds[name] = type(model).__name__
+    call = load_file(f"{folder}/{name}.safetensors")
+    if "region_embeddings" in call:
+        call["region_embeddings"] = [call["region_embeddings"]]
+    found = copy.deepcopy(model)(**call)
+    outputs[f"{name}.loss"], outputs[f"{name}.logits"] = found.loss, found.logits
+config = transformers.AutoConfig.from_pretrained(f"{folder}/vision", trust_remote_code=True)
+kinds["config"] = type(config).__name__
 
+torch.set_grad_enabled(True)  # pipelines do without gradients by themselves
 task = "zero-shot-image-segmentation"
 words = {"candidate_labels": ["cat", "sofa; couch"], "background": ["sky"]}
 for name in ("segmenter", "trained"):
@@ -79,8 +74,6 @@ for name in ("segmenter", "trained"):
         outputs[f"{name}.{index}.ids"] = masks.result.segmentation
         outputs[f"{name}.{index}.scores"] = masks.result.scores
     given.save(f"{folder}/{name}.png")
-assert not any(name.split(".")[0] == "hf_opentrans" for name in sys.modules)
-save_file({name: value.contiguous() for name, value in outputs.items()}, f"{folder}/outputs.safetensors")
 open(f"{folder}/kinds.json", "w").write(json.dumps(kinds))
 """
 KINDS = {
@@ -90,7 +83,22 @@ KINDS = {
     "clip": "SparseCLIPModel",
     "dense": "DenseCLIPForSegmentation",
     "config": "SparseCLIPVisionConfig",
+    "deeplab": "DeepLabV3PlusForSegmentation",
+    "catseg": "CATSegForSegmentation",
+    "fcclip": "FCCLIPForSegmentation",
+    "gkc": "GKCForSegmentation",
 }
+QUERIES = {"hidden_dim": 32, "num_queries": 6, "encoder_layers": 1, "decoder_layers": 2, "feedforward_dim": 48}
+QUERIES |= {"num_attention_heads": 4, "train_num_points": 64}
+COSTS = {"cost_channels": 16, "aggregation_blocks": 1, "window_size": 3, "aggregation_heads": 2}
+COSTS |= {"decoder_channels": [8, 4], "guidance_channels": 6, "text_guidance_channels": 5}
+HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "deeplab": (DeepLabV3PlusForSegmentation, {"decoder_channels": 8}),
+    "catseg": (CATSegForSegmentation, COSTS),
+    "fcclip": (FCCLIPForSegmentation, QUERIES),
+    "gkc": (GKCForSegmentation, QUERIES),
+}
+IGNORED = 255
 pipeline: Any = transformers.pipeline  # its types know the tasks of transformers alone
 PIPELINE, PROCESSOR = "OpenVocabularySegmentationPipeline", "OpenVocabularyProcessor"
 KINDS |= {
@@ -100,9 +108,34 @@ KINDS |= {
 WORDS = {"candidate_labels": ["cat", "sofa; couch"], "background": ["sky"]}
 
 
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def with_head(name, clip):
+    """Return a trained segmenter in evaluation mode; a new head would hide errors, it adds nothing."""
+    kind, options = HEADS[name]
+    model = kind.from_clip(clip, **options).eval()
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs_of_head(name):
+    """Return what a trained segmenter is called with, labels among it: an image whose first rows are ignored."""
+    side = 8 if name in ("fcclip", "gkc") else 32  # all pixels of small labels count, of others a random choice
+    labels = torch.randint(0, 3, (1, side, side))
+    labels[:, : side // 4] = IGNORED
+    inputs = {"pixel_values": torch.randn(1, 3, 32, 32), "text_embeddings": unit(3, 16), "labels": labels}
+    if name == "gkc":
+        inputs["region_embeddings"] = unit(len(labels[labels != IGNORED].unique()), 16)
+    return inputs
+
+
 @pytest.fixture(scope="module")
-def loaded_elsewhere(tmp_path_factory, tiny_clip_config, tiny_tokenizer, tiny_image_processor):
-    """Save pruned models and segmenters, load them without hf_opentrans; return (folder, expected outputs)."""
+def loaded_elsewhere(tmp_path_factory, tiny_clip_config, tiny_tokenizer, tiny_image_processor, run_without_package):
+    """Save pruned models and segmenters, load them without hf_opentrans; return (folder, expected, found outputs)."""
     folder = tmp_path_factory.mktemp("remote")
     torch.manual_seed(0)
     plan = PruningPlan((LayerPlan((1, 3), (5, 6, 7)), LayerPlan((), (0,)), LayerPlan((0, 2), ())))
@@ -126,27 +159,37 @@ def loaded_elsewhere(tmp_path_factory, tiny_clip_config, tiny_tokenizer, tiny_im
         expected["dense"] = dense(pixels, text_embeddings=text).logits
     for name, model in models.items():
         model.save_pretrained(folder / name)
-    trained = DeepLabV3PlusForSegmentation.from_clip(dense, decoder_channels=8).eval()
-    for parameter in trained.head.parameters():  # a new head adds nothing
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name in HEADS:
+        inputs = inputs_of_head(name)
+        save_file(inputs, folder / f"{name}.safetensors")
+        regions = {"region_embeddings": [inputs.pop("region_embeddings")]} if name == "gkc" else {}
+        model = with_head(name, dense)
+        model.save_pretrained(folder / name)
+        with torch.no_grad():
+            found = model(**inputs, **regions)
+        expected[f"{name}.loss"], expected[f"{name}.logits"] = found.loss, found.logits
+    trained = with_head("deeplab", dense)
     for name, model in {"segmenter": dense, "trained": trained}.items():
         model.default_vocabulary = Vocabulary(["dog", "wall"], templates="plain")
         model.save_pretrained(folder / name)
         OpenVocabularyProcessor(tiny_image_processor, tiny_tokenizer).save_pretrained(folder / name)
     coarse = np.random.default_rng(0).integers(0, 256, size=(5, 6, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((48, 40)).save(folder / "image.png")
-    environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, expected
+    return folder, expected, run_without_package(LOAD, folder)
 
 
 @pytest.mark.parametrize("name", ["vision", "masked", "projection", "clip", "dense"])
 def test_outputs_are_equal_without_the_package(loaded_elsewhere, name):
-    folder, expected = loaded_elsewhere
-    assert torch.equal(load_file(folder / "outputs.safetensors")[name], expected[name])
+    _, expected, outputs = loaded_elsewhere
+    assert torch.equal(outputs[name], expected[name])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_give_the_same_without_the_package(loaded_elsewhere, name):
+    _, expected, outputs = loaded_elsewhere
+    assert expected[f"{name}.logits"].std() > 1e-3
+    for output in ("loss", "logits"):
+        torch.testing.assert_close(outputs[f"{name}.{output}"], expected[f"{name}.{output}"])
 
 
 def test_the_classes_are_the_travelling_ones(loaded_elsewhere):
@@ -155,8 +198,7 @@ def test_the_classes_are_the_travelling_ones(loaded_elsewhere):
 
 @pytest.mark.parametrize("name", ["segmenter", "trained"])
 def test_pipelines_give_the_same_masks_without_the_package(loaded_elsewhere, name):
-    folder, _ = loaded_elsewhere
-    outputs = load_file(folder / "outputs.safetensors")
+    folder, _, outputs = loaded_elsewhere
     register_pipeline()
     pipe = pipeline(TASK, model=str(folder / name))  # no flag where the package is
     expected = [pipe(folder / "image.png", **WORDS), pipe(folder / "image.png")]
@@ -191,6 +233,7 @@ def test_what_is_saved_there_is_complete_here(loaded_elsewhere, kept):
     [
         ("vision", {"configuration_sparse_clip.py", "modeling_sparse_clip.py"}),
         ("dense", {"modeling_dense_clip.py", "vocabulary.py", "pipeline_open_vocabulary.py"}),
+        *((name, {f"modeling_{name}.py", "modeling_open_vocabulary.py"}) for name in ("catseg", "fcclip", "gkc")),
         ("trained", {"modeling_deeplabv3plus.py", "pipeline_open_vocabulary.py", "processing_open_vocabulary.py"}),
     ],
 )

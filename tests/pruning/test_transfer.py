@@ -193,15 +193,26 @@ def answer(name, model, pixels=None):
     return getattr(model(pixel_values=pixels), field)
 
 
-def subnetwork_of(clip, images, keep=0.65, **options):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Only 8 of the 40 calibration images differ")
-        return prune_model(clip, images * 5, PruningConfig(keep=keep, **options)).subnetwork
+@pytest.fixture(scope="module")
+def subnetwork_of(make_tiny_clip, make_tiny_images):
+    """Return a function (keep, structures) that gives `tiny_clip`'s subnetwork; every one is pruned once."""
+    made: dict[Any, Any] = {}
+
+    def give(keep=0.65, structures=None):
+        if (keep, structures) not in made:
+            options = {} if structures is None else {"structures": structures}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Only 8 of the 40 calibration images differ")
+                result = prune_model(make_tiny_clip(), make_tiny_images() * 5, PruningConfig(keep=keep, **options))
+            made[keep, structures] = result.subnetwork
+        return copy.deepcopy(made[keep, structures])
+
+    return give
 
 
 @pytest.fixture
-def subnetwork(tiny_clip, tiny_images):
-    return subnetwork_of(tiny_clip, tiny_images)
+def subnetwork(subnetwork_of):
+    return subnetwork_of()
 
 
 def moved(model, by=0.3):
@@ -216,10 +227,10 @@ def moved(model, by=0.3):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_changes_at_keep_one(tiny_clip, tiny_images, name):
+def test_nothing_changes_at_keep_one(tiny_clip, subnetwork_of, name):
     target = build(name, tiny_clip)
     before = answer(name, target)
-    result = subnetwork_of(tiny_clip, tiny_images, keep=1.0).apply_to(target)
+    result = subnetwork_of(keep=1.0).apply_to(target)
     assert torch.equal(answer(name, result.model), before)
     assert result.report.weights == "compensated weights"
     assert result.report.matches["equal"] == len(HostTower.of(target).tensors())
@@ -324,9 +335,9 @@ def test_without_refit_the_images_are_not_looked_at(tiny_clip, subnetwork):
     assert subnetwork.apply_to(target, "no such folder", refit=False).report.weights == "plan alone"
 
 
-def test_the_plan_alone_equals_slicing_where_no_head_is_narrowed(tiny_clip, tiny_images):
+def test_the_plan_alone_equals_slicing_where_no_head_is_narrowed(tiny_clip, subnetwork_of):
     other = moved(build("tower", tiny_clip))
-    subnetwork = subnetwork_of(tiny_clip, tiny_images, structures=("heads", "mlp"))
+    subnetwork = subnetwork_of(structures=("heads", "mlp"))
     found = subnetwork.apply_to(other).model.state_dict()
     expected = slice_model(other, subnetwork.plan).state_dict()
     assert found.keys() == expected.keys()
@@ -350,13 +361,13 @@ def attentions(name, model):
 
 @pytest.mark.parametrize("asked_before", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_attentions_are_those_of_the_stock_host(tiny_clip, tiny_images, name, asked_before):
+def test_attentions_are_those_of_the_stock_host(tiny_clip, subnetwork_of, name, asked_before):
     target = build(name, tiny_clip)
     target.set_attn_implementation("eager")
     fresh = copy.deepcopy(target)
     expected = attentions(name, target)
     assert [tuple(each.shape) for each in expected] == [(2, 4, 17, 17)] * 3
-    dense = subnetwork_of(tiny_clip, tiny_images, keep=1.0)
+    dense = subnetwork_of(keep=1.0)
     model = dense.apply_to(target if asked_before else fresh, drop_unused=False).model
     twice = dense.apply_to(model, drop_unused=False).model
     for each in (model, copy.deepcopy(model), twice):
@@ -366,8 +377,8 @@ def test_attentions_are_those_of_the_stock_host(tiny_clip, tiny_images, name, as
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_attentions_have_the_heads_that_are_left(tiny_clip, tiny_images, tmp_path, name):
-    model = subnetwork_of(tiny_clip, tiny_images, keep=0.5).apply_to(build(name, tiny_clip), drop_unused=False).model
+def test_attentions_have_the_heads_that_are_left(tiny_clip, subnetwork_of, tmp_path, name):
+    model = subnetwork_of(keep=0.5).apply_to(build(name, tiny_clip), drop_unused=False).model
     save_transferred(model, tmp_path / "out")
     for each in (model, load_transferred(tmp_path / "out")):
         each.set_attn_implementation("eager")
