@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import CLIPVisionConfig
 
 from hf_opentrans import DenseCLIPForSegmentation, OpenVocabularyProcessor, PruningConfig, benchmarks
@@ -414,15 +413,13 @@ def test_published_files_of_the_first_version_still_load():
 
 
 @pytest.mark.parametrize("keeps", [(0.7, 0.5), (0.5,)])
-def test_the_picture_is_not_blank(tmp_path, keeps):
+def test_the_picture_is_not_blank(tmp_path, colours_of, keeps):
     rows = [DENSE]
     for keep in keeps:
         rows += [row_of(keep=keep, seed=seed, error=0.1 * (seed + 1)) for seed in range(3)]
         rows.append(row_of("imp", keep=keep, macs=1000, nominal_macs=int(1000 * keep), error=0.0))
     assert draw_pruning(rows, tmp_path / "a.png", title="tiny")
-    with Image.open(tmp_path / "a.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
+    colours = colours_of(tmp_path / "a.png")
     assert len(colours) > 50
     assert (193, 18, 31) in colours  # ours
     assert not draw_pruning([DENSE], tmp_path / "none.png")

@@ -83,7 +83,7 @@ def test_every_field_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["obs", "magnitude", "imp"])
-def test_the_report_of_a_run_comes_back_and_is_drawn(tmp_path, pruned, method):
+def test_the_report_of_a_run_comes_back_and_is_drawn(tmp_path, pruned, colours_of, method):
     report = pruned(method)
     report.save(tmp_path)
     loaded = PruningReport.load(tmp_path)
@@ -99,7 +99,7 @@ def test_the_report_of_a_run_comes_back_and_is_drawn(tmp_path, pruned, method):
     assert pixels.shape[0] > 500
     assert pixels.shape[1] > 1000
     assert 0.01 < (pixels != 255).any(-1).mean() < 0.9
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    assert len(colours_of(tmp_path / "report.png")) > 50
     widths, errors, heads, neurons = figure.axes
     assert len(widths.patches) == 4 * 3  # four widths of three layers
     kept = [bar.get_height() for bar in widths.containers[0]]
