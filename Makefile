@@ -69,12 +69,13 @@ results: $(VENV)/.deploy-test
 
 # The runtimes and the demo have a run of their own: they are large, and `make test` must be quick.
 DEPLOY_TESTS := tests/deploy tests/app tests/test_cli_app.py tests/test_benchmark_runtimes.py
-# One thread per worker: two workers then fill two cores without fighting over them.
+# One thread per worker: two workers then fill two cores without fighting over them. Stealing keeps the tests of a file
+# together, which share what is slow to make.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(addprefix --ignore=,$(DEPLOY_TESTS)) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(addprefix --ignore=,$(DEPLOY_TESTS)) $(PYTEST_ARGS)
 
 test-deploy: $(VENV)/.deploy-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(DEPLOY_TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEPLOY_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
