@@ -169,9 +169,9 @@ def check_exportable(
             f"mode is {config.mode!r}, and the model is a {type(model).__name__}. Only a training-free segmenter has "
             "a choice. Leave it out."
         )
-    if vocabulary is not None and not isinstance(model, OpenVocabularyModel):
-        raise ValueError(f"A vocabulary is given, and a {type(model).__name__} reads no text. Leave it out.")
     if vocabulary is not None:
+        if not isinstance(model, OpenVocabularyModel):
+            raise ValueError(f"A vocabulary is given, and a {type(model).__name__} reads no text. Leave it out.")
         check_encoder(vocabulary, model.text_fingerprint())
     vision = _vision_config(model)
     image_processor = getattr(processor, "image_processor", processor)
