@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -174,16 +175,15 @@ def test_a_benchmark_goes_on_setting_by_setting(towers, tmp_path):
         RuntimeFile(target, {"a": 2}, "x")
 
 
-def test_the_command_writes_everything(tmp_path, tiny_clip_folder, images):
-    target, dataset = tmp_path / "latency.json", tmp_path / "data"
-    for name in ("images", "masks"):
-        (dataset / name).mkdir(parents=True)
-    (dataset / "images" / "0.png").write_bytes((images / "0.png").read_bytes())
-    Image.new("L", (48, 40)).save(dataset / "masks" / "0.png")
-    (dataset / "classes.json").write_text('{"id_to_name": {"0": "cat", "1": "dog"}, "ignore_id": 255}')
+def test_the_command_writes_everything(tmp_path, tiny_clip_folder, images, tiny_images, write_segmentation_folder):
+    target, classes = tmp_path / "latency.json", {"id_to_name": {"0": "cat", "1": "dog"}, "ignore_id": 255}
+    splits = {"train": tiny_images[:2], "val": tiny_images[2:3]}
+    dataset = write_segmentation_folder(splits, lambda image, _: np.zeros(image.size[::-1], np.uint8), classes)
     options = ["--models", tiny_clip_folder, "--batch", 1, "--rounds", 3, "--threads", 1, "--no-memory"]
     options += ["--images", images, "--segmentation", dataset, "--json", target]
-    code, out, error = run(*options)
+    code, _, error = run(*options)
+    assert (code, "Choose one of them as `split` (`--split`)" in error) == (1, True), error
+    code, out, error = run(*options, "--split", "val")
     assert code == 0, error
     values = json.loads(target.read_text())
     (row,) = values["rows"]

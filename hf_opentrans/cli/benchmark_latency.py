@@ -47,6 +47,7 @@ def benchmark_latency(
     segmentation: Annotated[
         Path | None, typer.Option(help="Folder with images/, masks/, classes.json: mIoU in every precision.")
     ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of --segmentation.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Images of --segmentation.")] = 100,
     rounds: Annotated[int, typer.Option(min=3, help="Counted rounds.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every runtime; default: all.")] = None,
@@ -64,12 +65,14 @@ def benchmark_latency(
         plan_settings(runtimes, precision, batch, resolution or [16])  # before models are loaded
         _check_scores(segmentation, models, images, precision)
     files = None if images is None else list_images(images)
-    data = None if segmentation is None else SegmentationFolder(segmentation)
+    data = None if segmentation is None else SegmentationFolder(segmentation, split)
     loaded = {name: load_clip(name) for name in models or ()}
     towers = {name: Tower.of(found.model).vision for name, found in loaded.items()} or _synthetic(keep, resolution)
     values: dict[str, Any] = {"keep": None if models else keep, "seed": 0, "rounds": rounds, "threads": threads}
     values["images"] = None if images is None else [str(images), fingerprint(images)]
     values["segmentation"] = None if segmentation is None else [str(segmentation), fingerprint(segmentation), limit]
+    if split is not None:
+        values["segmentation"].append(split)
     values["models"] = {name: model_fingerprint(tower) for name, tower in towers.items()}
     values["runtime_versions"] = runtime_versions()
     with usage():

@@ -149,7 +149,8 @@ class SegmentationFolder(SegmentationData):
             if len(splits) == 1:
                 return splits[0]
             raise ValueError(
-                f"`split` is None but {folder} has the splits {splits}. One data set is one split. Choose one of them."
+                f"`split` is None but {folder} has the splits {splits}. One data set is one split. "
+                "Choose one of them as `split` (`--split`)."
             )
         if split not in splits:
             there_are = f"the splits {splits}" if splits else "no splits"
