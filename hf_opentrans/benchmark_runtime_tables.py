@@ -10,6 +10,8 @@ from hf_opentrans.benchmark_runtime_plan import RuntimeRow, Setting
 Table = tuple[list[str], list[list[str]]]
 _COLOURS = ("#4d4d4d", "#0072b2", "#c1121f", "#009e73", "#e69f00", "#7b4fa3")
 _HATCHES = ("", "//", "..", "xx", "--", "++")
+# Largest over smallest speed-up of the rounds of one row: alone on its machine a run stays within 2.2.
+MOST_SPREAD = 3.0
 
 
 # How fast it is, and what it takes and keeps: the whole table is wider than a terminal.
@@ -83,15 +85,36 @@ def runtime_notes(rows: Sequence[RuntimeRow], values: dict[str, Any]) -> list[st
     spans = [f"{name} {kind} {_span(found)}" for (name, kind), found in shares.items()]
     if spans:
         notes.append(f"What pruning gains inside each runtime, as a share of the ratio of MACs: {'; '.join(spans)}.")
-        best = max((row for row in rows if row.model == last), key=lambda row: row.speed_up)
+        of_last = [row for row in rows if row.model == last]
+        best = max([row for row in of_last if _is_steady(row)] or of_last, key=lambda row: row.speed_up)
         notes.append(
             f"The fastest way to run {_short(last)}: {_setting(best.setting)}, {best.speed_up:.2f} times as fast."
         )
+    notes += _unsteady(rows)
     versions = values.get("settings", {}).get("runtime_versions", {})
     if versions and any(row.runtime in ("onnxruntime", "openvino") for row in rows):
         notes.append(f"With {', '.join(f'{name} {found}' for name, found in versions.items())}.")
     notes += [f"Not run: {x['runtime']} {x['precision']}. {x['reason']}" for x in values.get("not_run", ())]
     return notes
+
+
+def _is_steady(row: RuntimeRow) -> bool:
+    low, high = row.speed_up_range
+    return high <= MOST_SPREAD * low
+
+
+def _unsteady(rows: Sequence[RuntimeRow]) -> list[str]:
+    """Say which rows another load of the machine has disturbed, if any."""
+    found = [row for row in rows if not _is_steady(row)]
+    if not found:
+        return []
+    widest = max(found, key=lambda row: row.speed_up_range[1] / row.speed_up_range[0])
+    low, high = widest.speed_up_range
+    return [
+        f"Unsteady: {len(found)} of {len(rows)} rows, where one round has more than {MOST_SPREAD:g} times the "
+        f"speed-up of another (most: {_short(widest.model)} in {_setting(widest.setting)}, {low:.2f}x to "
+        f"{high:.2f}x). Something else was running. Measure again while nothing else runs."
+    ]
 
 
 def _short(model: str) -> str:
@@ -163,7 +186,10 @@ def draw_runtimes(rows: Sequence[RuntimeRow], path: str | Path, *, title: str = 
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(kinds)), [f"{runtime}\n{precision}" for runtime, precision in kinds])
     axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models), frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    # Inches of a line of the legend, at most: a letter takes 0.09, its patch and the gaps 0.7.
+    columns = int(figure.get_figwidth() / (0.09 * max(map(len, labels)) + 0.7))
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(models))), frameon=False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     figure.savefig(path, dpi=120)

@@ -254,6 +254,17 @@ def test_the_table_leaves_out_what_says_nothing():
     assert "px" not in header
 
 
+def test_rows_that_something_disturbed_are_named_and_are_not_the_best():
+    quick = replace(SMALL, runtime="openvino", speed_up=4.0)
+    disturbed = replace(SMALL, runtime="onnxruntime", speed_up=9.0, speed_up_range=(1.5, 30.0))
+    notes = runtime_notes([ROW, SMALL, quick, disturbed], {})
+    assert any("fastest way to run small: openvino fp32" in note for note in notes)
+    (note,) = (note for note in notes if note.startswith("Unsteady"))
+    assert "1 of 4 rows" in note
+    assert "small in onnxruntime fp32, batch 1, 32 px, 1.50x to 30.00x" in note
+    assert not any(note.startswith("Unsteady") for note in runtime_notes([ROW, SMALL, quick], {}))
+
+
 def test_notes_name_the_best_and_what_was_not_run():
     quick = replace(SMALL, runtime="openvino", speed_up=4.0, efficiency=0.95)
     values = {

@@ -70,9 +70,9 @@ def benchmark_latency(
     towers = {name: Tower.of(found.model).vision for name, found in loaded.items()} or _synthetic(keep, resolution)
     values: dict[str, Any] = {"keep": None if models else keep, "seed": 0, "rounds": rounds, "threads": threads}
     values["images"] = None if images is None else [str(images), fingerprint(images)]
-    values["segmentation"] = None if segmentation is None else [str(segmentation), fingerprint(segmentation), limit]
-    if split is not None:
-        values["segmentation"].append(split)
+    chosen = [] if split is None else [split]
+    scored = [] if segmentation is None else [str(segmentation), fingerprint(segmentation), limit, *chosen]
+    values["segmentation"] = scored or None
     values["models"] = {name: model_fingerprint(tower) for name, tower in towers.items()}
     values["runtime_versions"] = runtime_versions()
     with usage():
