@@ -84,7 +84,7 @@ def benchmark_pruning(
         **_classification(classification),
     )
     run_benchmark(lambda: load_dense_clip(model), data, runs, results, say=say, progress=shows_progress())
-    _show(results, json_file, f"{Path(model).name}, {num_images} calibration images")
+    _show(results, json_file, f"{Path(model).name}, {min(num_images, len(data.calibration))} calibration images")
 
 
 def _plan(

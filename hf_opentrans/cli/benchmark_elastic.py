@@ -52,9 +52,11 @@ def benchmark_elastic(
     ] = None,
 ) -> None:
     """Compare one checkpoint of several budgets with one model per budget: fidelity, bytes, loading and switching."""
+    calibration, unseen = split_images(images, fidelity_images)
     paths = {"model": Path(model), "images": images, "fidelity_images": fidelity_images, "segmentation": segmentation}
     settings: dict[str, Any] = {name: None if path is None else str(path) for name, path in paths.items()}
-    settings |= {"split": split, "num_images": num_images, "resolution": resolution, "mode": mode, "seed": seed}
+    used = min(num_images, len(calibration))
+    settings |= {"split": split, "num_images": used, "resolution": resolution, "mode": mode, "seed": seed}
     settings |= {"segmentation_resolution": segmentation_resolution}
     with usage():
         config = PruningConfig(num_images=num_images, resolution=resolution, seed=seed)
@@ -65,7 +67,6 @@ def benchmark_elastic(
             raise ValueError("--retime and --no-timing are given. One asks for times, the other for none. Keep one.")
     if retime:
         results.timings = []
-    calibration, unseen = split_images(images, fidelity_images)
     samples: dict[str, Any] = {}
     if segmentation is not None:
         folder = SegmentationFolder(segmentation, split)
@@ -83,15 +84,15 @@ def benchmark_elastic(
 
     options = {"timing": timing, "say": say, "progress": shows_progress()}
     run_elastic(lambda: load_dense_clip(model), data, settings["budgets"], config, results, **options)
-    _show(results, json_file, f"{Path(model).name}, {num_images} calibration images")
+    _show(results, json_file, f"{Path(model).name}, {used} calibration images")
 
 
 def _show(results: ElasticFile, json_file: Path | None, subject: str) -> None:
     """Print the tables, and draw the picture where there is a file to put it beside."""
-    show_table(elastic_table(results.rows), title=subject)
+    _show_in_two(elastic_table(results.rows), -2, subject, "Bytes of the tower")
     notes = elastic_notes(results.rows, results.files, results.settings)
     if results.timings:
-        show_table(timing_table(results.timings), title="Loading, switching, one image through the tower")
+        _show_in_two(timing_table(results.timings), 7, "Loading and switching", "One image through the tower")
         notes.append(timing_note(results.timings))
     for note in notes:
         out.print(escape(note), soft_wrap=True, highlight=False)
@@ -103,3 +104,10 @@ def _show(results: ElasticFile, json_file: Path | None, subject: str) -> None:
             out.print(f"Picture: {escape(str(picture))}", soft_wrap=True, highlight=False)
     except ImportError as error:
         err.print(f"[yellow]Warning:[/] No picture was drawn. {escape(str(error))}", soft_wrap=True)
+
+
+def _show_in_two(table: tuple[list[str], list[list[str]]], at: int, *titles: str) -> None:
+    """Print a table that is wider than a terminal in two, each with the first column."""
+    header, cells = table
+    show_table((header[:at], [line[:at] for line in cells]), title=titles[0])
+    show_table(([header[0], *header[at:]], [[line[0], *line[at:]] for line in cells]), title=titles[1])
