@@ -33,7 +33,7 @@ class OpenVocabularyProcessor(CLIPProcessor):
 
     Args:
         image_processor: CLIP's image processor: mean, deviation and default resolution are taken from it.
-        tokenizer: CLIP's tokenizer; None where only images are prepared.
+        tokenizer: CLIP's tokenizer.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
