@@ -29,13 +29,7 @@ import huggingface_hub.file_download, huggingface_hub.utils._http
 for module in (huggingface_hub.file_download, huggingface_hub.utils._http):
     module.time = types.SimpleNamespace(sleep=lambda seconds: None)
 """
-BLOCK = """
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_opentrans":
-            raise ImportError("hf_opentrans is blocked")
-sys.meta_path.insert(0, Blocker())
-"""
+BLOCK = (TESTS / "block_package.py").read_text(encoding="utf-8")
 
 
 def _import_server() -> Any:
