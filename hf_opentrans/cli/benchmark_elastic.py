@@ -89,10 +89,11 @@ def benchmark_elastic(
 
 def _show(results: ElasticFile, json_file: Path | None, subject: str) -> None:
     """Print the tables, and draw the picture where there is a file to put it beside."""
-    _show_in_two(elastic_table(results.rows), -2, subject, "Bytes of the tower")
+    _show_in_two(elastic_table(results.rows), "alone", subject, "Bytes of the tower")
     notes = elastic_notes(results.rows, results.files, results.settings)
     if results.timings:
-        _show_in_two(timing_table(results.timings), 7, "Loading and switching", "One image through the tower")
+        titles = "Loading and switching", "One image through the tower"
+        _show_in_two(timing_table(results.timings), "pass, elastic", *titles)
         notes.append(timing_note(results.timings))
     for note in notes:
         out.print(escape(note), soft_wrap=True, highlight=False)
@@ -106,8 +107,9 @@ def _show(results: ElasticFile, json_file: Path | None, subject: str) -> None:
         err.print(f"[yellow]Warning:[/] No picture was drawn. {escape(str(error))}", soft_wrap=True)
 
 
-def _show_in_two(table: tuple[list[str], list[list[str]]], at: int, *titles: str) -> None:
-    """Print a table that is wider than a terminal in two, each with the first column."""
+def _show_in_two(table: tuple[list[str], list[list[str]]], column: str, *titles: str) -> None:
+    """Print a table that is wider than a terminal in two, each with the first column; `column` begins the second."""
     header, cells = table
+    at = header.index(column)
     show_table((header[:at], [line[:at] for line in cells]), title=titles[0])
     show_table(([header[0], *header[at:]], [[line[0], *line[at:]] for line in cells]), title=titles[1])

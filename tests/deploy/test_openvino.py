@@ -71,11 +71,10 @@ def test_lower_precisions(parts, tmp_path, precision):
 
 # Signals do not reach a test's own process safely: where this fails, they kill it.
 SIGNALS = """
-import faulthandler, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 from hf_opentrans.deploy.openvino_runtime import OpenVINOSession
 
-faulthandler.disable()
 first, second = (OpenVINOSession(Path(sys.argv[1]), [], computes_in="f32", threads=1) for _ in range(2))
 del first
 del second
